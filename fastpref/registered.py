@@ -1,0 +1,273 @@
+"""The registered ops: schema, implementation, fake and autograd of each; nothing here checks
+arguments for people.
+
+Each forward's gradient is one registered op that has no gradient of its own, so that
+differentiating twice is an error and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import backends, linear
+from fastpref.linear import Problem, Saved
+
+
+def _debug() -> bool:
+    return os.environ.get("FASTPREF_DEBUG", "0") not in ("", "0")
+
+
+def check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Reject targets outside the vocabulary: always on CPU, by a device assertion on CUDA if
+    debugging."""
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    if targets.device.type == "cpu":
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"targets: row {row} holds {int(targets[row])}, expected an index in "
+                f"[0, {vocab_size}) or "
+                f"ignore_index={ignore_index}. Check the tokenizer against the rows of weight."
+            )
+    elif _debug():
+        torch._assert_async(~bad.any(), "fastpref: a target is outside the vocabulary")
+
+
+@torch.library.custom_op("fastpref::linear_logprobs", mutates_args=())
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+    memory_budget: int | None,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, statistics, and the four tensors of :class:`fastpref.linear.Saved`."""
+    check_range(targets, weight.shape[0], ignore_index)
+    problem = Problem(
+        *(scale, softcap, ignore_index, backend, memory_budget),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats),
+    )
+    logp, stats, saved = linear.forward(hidden, weight, bias, targets, problem)
+    return (logp, stats, *saved)
+
+
+@linear_logprobs.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+    memory_budget: int | None,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(
+        *(scale, softcap, ignore_index, backend, memory_budget),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats),
+    )
+    n, dtype = hidden.shape[0], linear.compute_dtype(hidden.dtype)
+    p = linear.plan_for(hidden, weight, memory_budget)
+    unit, rows, offsets, kept = linear.saved_shapes(n, weight.shape[0], weight.shape[1], p, problem)
+    return (
+        hidden.new_empty((n,), dtype=dtype),
+        hidden.new_empty((5, n if with_stats else 0), dtype=dtype),
+        hidden.new_empty(unit),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(offsets, dtype=dtype),
+        hidden.new_empty(kept),
+    )
+
+
+@torch.library.custom_op("fastpref::linear_logprobs_backward", mutates_args=())
+def linear_logprobs_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    unit_grad: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+    memory_budget: int | None,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor where none is needed."""
+    problem = Problem(
+        *(scale, softcap, ignore_index, backend, memory_budget),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, False),
+    )
+    saved = Saved(unit_grad, rows, offsets, kept)
+    return linear.backward(grad, hidden, weight, bias, targets, saved, problem)
+
+
+@linear_logprobs_backward.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    unit_grad: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    kept: Tensor,
+    scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+    memory_budget: int | None,
+    need_hidden_grad: bool,
+    need_weight_grad: bool,
+    need_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    v, size = weight.shape
+    return (
+        torch.empty_like(unit_grad),
+        weight.new_empty((v if need_weight_grad else 0, size)),
+        weight.new_empty((v if need_bias_grad else 0,)),
+    )
+
+
+def _refuse_second_derivative(name: str) -> None:
+    # The engine enables grad mode in a backward only for create_graph=True.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"fastpref.{name} cannot be differentiated twice: create_graph=True, double backward "
+            "and torch.func.grad are not supported. Use backend='reference' where second "
+            "derivatives are needed."
+        )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *options = inputs
+    _, stats, *saved = output
+    ctx.mark_non_differentiable(stats, *saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, *saved)
+    ctx.options = options[:-1]
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("linear_logprobs")
+    needs = ctx.options[-3:]
+    none = (None,) * (4 + len(ctx.options) + 1)
+    if grad is None:
+        return none
+    hidden, weight, bias, targets, *saved = ctx.saved_tensors
+    gradients = linear_logprobs_backward(grad, hidden, weight, bias, targets, *saved, *ctx.options)
+    picked = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return (*picked, *none[3:])
+
+
+linear_logprobs.register_autograd(_differentiate, setup_context=_save)
+
+
+# --- sums over sequences
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastpref::sequence_sum", mutates_args=())
+def sequence_sum(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    """Sum of ``values (n,)`` over each ``[cu_seqlens[i], cu_seqlens[i + 1])``."""
+    return backends.select(backend, values).segment_sum(values.contiguous(), cu_seqlens)
+
+
+@sequence_sum.register_fake
+def _(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+    return values.new_empty((cu_seqlens.shape[0] - 1,))
+
+
+@torch.library.custom_op("fastpref::sequence_sum_backward", mutates_args=())
+def sequence_sum_backward(grad: Tensor, cu_seqlens: Tensor, n: int, backend: str) -> Tensor:
+    """``grad (S,)`` repeated over its sequence."""
+    kernels = backends.select(backend, grad)
+    return kernels.segment_sum_backward(grad.contiguous(), cu_seqlens, n)
+
+
+@sequence_sum_backward.register_fake
+def _(grad: Tensor, cu_seqlens: Tensor, n: int, backend: str) -> Tensor:
+    return grad.new_empty((n,))
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, cu_seqlens, ctx.backend = inputs
+    ctx.n = values.shape[0]
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _differentiate_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("sequence_logprobs")
+    (cu_seqlens,) = ctx.saved_tensors
+    return sequence_sum_backward(grad, cu_seqlens, ctx.n, ctx.backend), None, None
+
+
+sequence_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)
+
+
+@torch.library.custom_op("fastpref::preference_margins", mutates_args=())
+def preference_margins(
+    logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor, backend: str
+) -> Tensor:
+    """``(3, P)``: margin, chosen log-ratio, rejected log-ratio."""
+    kernels = backends.select(backend, logps)
+    return kernels.pair_margins(logps.contiguous(), ref_logps.contiguous(), cu_seqlens, pairs)
+
+
+@preference_margins.register_fake
+def _(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor, backend: str) -> Tensor:
+    return logps.new_empty((3, pairs.shape[0]))
+
+
+@torch.library.custom_op("fastpref::preference_margins_backward", mutates_args=())
+def preference_margins_backward(
+    grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: int, backend: str
+) -> Tensor:
+    """Gradient of the margins in ``logps``, ``(n,)``."""
+    kernels = backends.select(backend, grad)
+    return kernels.pair_margins_backward(grad.contiguous(), cu_seqlens, pairs, n)
+
+
+@preference_margins_backward.register_fake
+def _(grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: int, backend: str) -> Tensor:
+    return grad.new_empty((n,))
+
+
+def _save_margins(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logps, _, cu_seqlens, pairs, ctx.backend = inputs
+    ctx.n = logps.shape[0]
+    ctx.save_for_backward(cu_seqlens, pairs)
+
+
+def _differentiate_margins(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative("preference_margins")
+    cu_seqlens, pairs = ctx.saved_tensors
+    dlogps = preference_margins_backward(grad, cu_seqlens, pairs, ctx.n, ctx.backend)
+    return dlogps, -dlogps if ctx.needs_input_grad[1] else None, None, None, None
+
+
+preference_margins.register_autograd(_differentiate_margins, setup_context=_save_margins)
