@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastpref import backends
 from fastpref.schedule import Plan, plan
-from fastpref.scratch import Arena, nbytes, scratch
+from fastpref.scratch import Arena, lend, nbytes, scratch
 
 
 class Problem(NamedTuple):
@@ -179,7 +179,10 @@ def forward(
     make = hidden.new_empty
     shapes = saved_shapes(n, v, weight.shape[1], p, problem)
     saved = Saved(
-        make(shapes[0]), make(shapes[1], dtype=dtype), make(shapes[2], dtype=dtype), make(shapes[3])
+        make(shapes[0]),
+        make(shapes[1], dtype=dtype),
+        make(shapes[2], dtype=dtype),
+        lend(shapes[3][0], hidden.dtype, hidden.device),
     )
     logp = make((n,), dtype=dtype)
     stats = make((5, n if problem.with_stats else 0), dtype=dtype)

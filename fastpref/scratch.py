@@ -1,13 +1,14 @@
-"""Scratch memory for logits tiles: one reused slab per device on CPU, the caching allocator
-elsewhere.
+"""Reused memory for tiles of logits and kept E: slabs on CPU, the caching allocator elsewhere.
 
 On CPU the page faults of fresh buffers cost more than the sweep over them, so slabs are kept and
-reused. Nothing of a call's result ever lives here.
+reused: held while a ``scratch`` block runs, or until a ``lend``-ed tensor dies.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 _ALIGN = 64
-# Slabs not in use. append and pop are atomic, so concurrent calls take different slabs and share
-# none.
+# Slabs not in use. append and pop are atomic, so concurrent calls never share one.
 _free_cpu_slabs: list[Tensor] = []
 
 
@@ -41,22 +41,45 @@ def nbytes(*sizes: int) -> int:
     return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
 
 
+def _take_slab(size: int) -> Tensor:
+    """The smallest idle slab that is large enough, or a new one in place of the largest too small."""
+    idle: list[Tensor] = []
+    while _free_cpu_slabs:
+        try:
+            idle.append(_free_cpu_slabs.pop())
+        except IndexError:
+            break
+    idle.sort(key=Tensor.numel)
+    fits = [i for i, slab in enumerate(idle) if slab.numel() >= size]
+    slab = idle.pop(fits[0]) if fits else torch.empty(size, dtype=torch.uint8)
+    if not fits and idle:
+        idle.pop()
+    _free_cpu_slabs.extend(idle)
+    return slab
+
+
 @contextmanager
 def scratch(device: torch.device, size: int) -> Iterator[Arena]:
     """Lend an arena of ``size`` bytes on ``device``."""
     if device.type != "cpu":
         yield Arena(torch.empty(size, dtype=torch.uint8, device=device))
         return
-    try:
-        slab = _free_cpu_slabs.pop()
-    except IndexError:
-        slab = torch.empty(0, dtype=torch.uint8)
-    if slab.numel() < size:
-        slab = torch.empty(size, dtype=torch.uint8)
+    slab = _take_slab(size)
     try:
         yield Arena(slab)
     finally:
         _free_cpu_slabs.append(slab)
+
+
+def lend(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised 1-D tensor whose memory goes back to the slabs when the last user drops it."""
+    if device.type != "cpu" or not size:
+        return torch.empty(size, dtype=dtype, device=device)
+    slab = _take_slab(size * dtype.itemsize)
+    # torch holds on to the buffer it was made from, and with it to the finalizer
+    block = (ctypes.c_uint8 * slab.numel()).from_address(slab.data_ptr())
+    weakref.finalize(block, _free_cpu_slabs.append, slab)
+    return torch.frombuffer(block, dtype=torch.uint8)[: size * dtype.itemsize].view(dtype)
 
 
 def release() -> None:

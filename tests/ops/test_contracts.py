@@ -1,0 +1,270 @@
+"""The ops as citizens of PyTorch: registration, compile, autocast, checkpointing, and errors for
+people."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastpref import backends, linear, registered, schedule
+from fastpref.ops import (
+    linear_cross_entropy,
+    linear_logprobs,
+    preference_margins,
+    sequence_logprobs,
+)
+
+BACKENDS = [name for name in ("torch", "cpp") if backends.status()[name] == "ok"]
+N, H, V = 13, 8, 50
+CU = torch.tensor([0, 3, 3, 13], dtype=torch.int32)
+PAIRS = torch.tensor([[0, 2], [1, 2]])
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return (
+        torch.randn(N, H, requires_grad=True),
+        torch.randn(V, H, requires_grad=True),
+        torch.randint(0, V, (N,)),
+        torch.randn(V, requires_grad=True),
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(h, w) for h in (0, 1) for w in (0, 1)], ids=str)
+def test_opcheck_of_the_projection(tensors, backend, needs):
+    hidden, weight, targets, bias = tensors
+    h, w, b = (
+        x.detach().requires_grad_(bool(n))
+        for x, n in zip((hidden, weight, bias), (*needs, needs[1]))
+    )
+    for budget in (None, 0):
+        for stats in (False, True):
+            options = (
+                0.5,
+                3.0,
+                -100,
+                backend,
+                budget,
+                bool(needs[0]),
+                bool(needs[1]),
+                bool(needs[1]),
+                stats,
+            )
+            torch.library.opcheck(registered.linear_logprobs, (h, w, b, targets, *options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_other_ops(tensors, backend):
+    hidden, weight, targets, bias = (x.detach() for x in tensors)
+    options = (0.5, 0.0, -100, backend, None, True, True, True)
+    saved = registered.linear_logprobs(hidden, weight, bias, targets, *options, False)[2:]
+    args = (torch.randn(N), hidden, weight, bias, targets, *saved, *options)
+    torch.library.opcheck(registered.linear_logprobs_backward, args)
+    values = torch.randn(N, requires_grad=True)
+    torch.library.opcheck(registered.sequence_sum, (values, CU, backend))
+    torch.library.opcheck(registered.sequence_sum_backward, (torch.randn(3), CU, N, backend))
+    ref = torch.randn(N, requires_grad=True)
+    torch.library.opcheck(registered.preference_margins, (values, ref, CU, PAIRS, backend))
+    args = (torch.randn(3, 2), CU, PAIRS, N, backend)
+    torch.library.opcheck(registered.preference_margins_backward, args)
+
+
+def composite(hidden, weight, targets, bias):
+    logp, stats = linear_logprobs(hidden * 1.0, weight, targets, bias=bias, return_stats=True)
+    margins, _, _ = preference_margins(logp, 0.9 * logp.detach(), CU, PAIRS)
+    nll = linear_cross_entropy(hidden, weight, targets, linear_bias=bias, label_smoothing=0.1)
+    sums = sequence_logprobs(hidden, weight, targets, CU, reduction="mean")
+    return (logp * stats.entropy).sum() + margins.sum() + nll + sums.sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph(tensors, dynamic, compiler):
+    hidden, weight, targets, bias = tensors
+    targets[2] = -100
+    leaves = [hidden, weight, bias]
+    expected = composite(hidden, weight, targets, bias)
+    compiled = torch.compile(composite, fullgraph=True, dynamic=dynamic, backend=compiler)
+    got = compiled(hidden, weight, targets, bias)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(tensors, use_reentrant):
+    hidden, weight, targets, _ = tensors
+
+    def loss(h, w):
+        return linear_logprobs(h, w, targets).square().sum()
+
+    expected = torch.autograd.grad(loss(hidden, weight), [hidden, weight])
+    checkpoint(loss, hidden, weight, use_reentrant=use_reentrant).backward()
+    assert torch.equal(hidden.grad, expected[0])
+    assert torch.equal(weight.grad, expected[1])
+
+
+def test_backward_twice_through_a_retained_graph(tensors):
+    hidden, weight, targets, _ = tensors
+    loss = linear_logprobs(hidden, weight, targets).sum()
+    first = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    second = torch.autograd.grad(loss, [hidden, weight])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_takes_every_input_to_its_dtype(tensors):
+    hidden, weight, targets, bias = tensors
+    expected = linear_logprobs(hidden.bfloat16(), weight.bfloat16(), targets, bias=bias.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logprobs(hidden.bfloat16(), weight, targets, bias=bias)
+    assert logp.dtype == torch.float32
+    assert torch.equal(logp, expected)
+    logp.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", ["create_graph", "func"])
+def test_second_derivatives_are_refused(tensors, how):
+    hidden, weight, targets, _ = tensors
+
+    def differentiate():
+        if how == "func":
+            return torch.func.grad(lambda h: linear_logprobs(h, weight, targets).sum())(hidden)
+        loss = linear_logprobs(hidden, weight, targets).sum()
+        return torch.autograd.grad(loss, hidden, create_graph=True)
+
+    with pytest.raises(RuntimeError, match=r"twice|torch\.func"):
+        differentiate()
+
+
+def test_concurrent_calls_share_no_scratch(tensors):
+    _, weight, _, _ = tensors
+    inputs = [(torch.randn(400, H), torch.randint(0, V, (400,))) for _ in range(4)]
+    expected = [linear_logprobs(h, weight, t) for h, t in inputs]
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def work(i):
+        results[i] = [linear_logprobs(inputs[i][0], weight, inputs[i][1]) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, got in results.items():
+        assert all(torch.equal(x, expected[i]) for x in got)
+
+
+WRONG = {
+    "targets out of range": (
+        ValueError,
+        r"row 0 holds 50.*\[0, 50\)",
+        {"targets": torch.full((N,), V)},
+    ),
+    "negative target": (ValueError, "row 0 holds -1", {"targets": torch.full((N,), -1)}),
+    "targets int32": (
+        TypeError,
+        "targets: expected int64",
+        {"targets": torch.zeros(N, dtype=torch.int32)},
+    ),
+    "targets shape": (
+        ValueError,
+        r"targets: expected shape \(13,\)",
+        {"targets": torch.zeros(4, dtype=torch.int64)},
+    ),
+    "hidden size": (
+        ValueError,
+        r"hidden: expected shape \(..., 8\)",
+        {"hidden": torch.randn(N, 9)},
+    ),
+    "weight dims": (ValueError, r"weight: expected shape \(V, H\)", {"weight": torch.randn(H)}),
+    "empty weight": (ValueError, "at least one row", {"weight": torch.randn(0, H)}),
+    "mixed dtypes": (TypeError, "autocast", {"weight": torch.randn(V, H).bfloat16()}),
+    "integer hidden": (
+        TypeError,
+        "hidden: expected fp32",
+        {"hidden": torch.zeros(N, H, dtype=torch.int64)},
+    ),
+    "bias shape": (ValueError, r"bias: expected shape \(50,\)", {"bias": torch.randn(3)}),
+    "mixed devices": (
+        ValueError,
+        "weight is on meta",
+        {"weight": torch.randn(V, H, device="meta")},
+    ),
+    "not a tensor": (TypeError, "targets: expected a tensor, got list", {"targets": [1] * N}),
+    "softcap": (ValueError, "softcap: expected a positive", {"softcap": 0.0}),
+    "budget": (ValueError, "memory_budget", {"memory_budget": -1}),
+    "rows range": (
+        ValueError,
+        r"rows: expected indices in \[0, 13\)",
+        {"rows": torch.tensor([13])},
+    ),
+    "rows twice": (ValueError, "occurs twice", {"rows": torch.tensor([1, 1])}),
+    "rows dtype": (TypeError, "rows: expected int64", {"rows": torch.tensor([1.0])}),
+    "backend": (ValueError, "backend='quick': expected one of", {"backend": "quick"}),
+    "backend for the device": (RuntimeError, "backend='cuda'", {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_errors_name_the_argument(tensors, case):
+    error, message, change = WRONG[case]
+    arguments = dict(zip(("hidden", "weight", "targets", "bias"), tensors, strict=True)) | change
+    with pytest.raises(error, match=message):
+        linear_logprobs(**arguments)
+
+
+def test_missing_backend_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backends, "_module", lambda name: "no compiler was found")
+    with pytest.raises(RuntimeError, match=r"'cpp' is not available: no compiler.*pip install"):
+        backends.resolve("cpp", "cpu", torch.float32)
+
+
+def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):
+    real = backends._module
+    monkeypatch.setattr(backends, "_module", lambda n: "no compiler" if n == "cpp" else real(n))
+    name, why = backends.explain("cpu", torch.float32)
+    assert name == "torch"
+    assert "no compiler" in why
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("budget", [None, 0, 64 << 20, 4 << 30])
+@pytest.mark.parametrize("n", [0, 1, 4097, 65536])
+@pytest.mark.parametrize("v", [1, 49152, 262_144, 1_000_003])
+def test_plan_covers_the_plane_and_keeps_to_the_budget(device, itemsize, budget, n, v):
+    p = schedule.plan(n, v, 576, itemsize, device, budget)
+    tiles, chunks = p.tiles(v), p.chunks(n)
+    assert tiles[0][0] == 0
+    assert tiles[-1][1] == v
+    assert len(tiles) == p.num_tiles
+    assert all(a[1] == b[0] for a, b in pairwise(tiles))
+    assert sum(b - a for a, b in chunks) == n
+    kept = p.kept_tiles * p.tile * n * itemsize
+    allowed = schedule.DEFAULT_BUDGET[device] if budget is None else budget
+    assert p.kept_tiles == 0 or kept <= allowed
+    if budget == 0:
+        assert p.kept_tiles == 0
+
+
+def test_plan_does_not_depend_on_what_needs_gradients():
+    import inspect
+
+    assert not {"need", "grad"} & set(inspect.signature(schedule.plan).parameters)
+    assert not {"problem"} & set(inspect.signature(linear.plan_for).parameters)
