@@ -14,12 +14,9 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None
-) -> None:
-    """Everything about the arguments that can be said without reading device memory."""
-    tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "rows": rows}
-    for name, x in tensors.items():
+def check_tensors(hidden: Any, **others: Any) -> None:
+    """Tensors, on one device; ``bias`` and ``rows`` may be None."""
+    for name, x in {"hidden": hidden, **others}.items():
         if x is None and name in ("bias", "rows"):
             continue
         if not isinstance(x, Tensor):
@@ -28,6 +25,12 @@ def check(
             raise ValueError(
                 f"{name} is on {x.device}, hidden is on {hidden.device}: move both to one device"
             )
+
+
+def check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> None:
+    """Dtypes and shapes."""
     if hidden.dtype not in FLOATS:
         raise TypeError(f"hidden: expected fp32, bf16, fp16 or float64, got {hidden.dtype}")
     for name, x in (("weight", weight), ("bias", bias)):
@@ -86,7 +89,7 @@ def check_rows(rows: Tensor, num_rows: int) -> None:
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= num_rows:
         raise ValueError(f"rows: expected indices in [0, {num_rows}), got [{low}, {high}]")
-    if rows.unique().numel() != rows.numel():
+    if torch.unique(rows).numel() != rows.numel():
         raise ValueError("rows: an index occurs twice; gather hidden and targets yourself instead")
 
 

@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 
 from fastpref import checks, reference, registered
-from fastpref.checks import FLOATS
 from fastpref.reference import TokenStats
 from fastpref.smoothing import target_minus_mean_logit
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on, else as they are."""
-    device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        x.to(dtype) if x is not None and x.dtype in FLOATS and x.dtype != torch.float64 else x
-        for x in tensors
-    ]
+def _autocast(x: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where autocast is on, else as it is."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
 
 
 def _needs_grad(x: Tensor | None) -> bool:
@@ -91,10 +86,9 @@ def linear_logprobs(
         The online softmax is Milakov and Gimelshein, arXiv:1805.02867; the schedule is described in
         ``docs/decisions.md``.
     """
-    autocast_hidden, autocast_weight, bias = _autocast(hidden, weight, bias)
-    assert autocast_hidden is not None
-    assert autocast_weight is not None
-    hidden, weight = autocast_hidden, autocast_weight
+    checks.check_tensors(hidden, weight=weight, targets=targets, bias=bias, rows=rows)
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
     checks.check(hidden, weight, targets, bias, rows)
     checks.check_options(softcap, memory_budget, process_group)
     shape, num_rows = targets.shape, targets.numel()
@@ -137,8 +131,13 @@ def _project(
     if backend == "reference":
         registered.check_range(targets, weight.shape[0], ignore_index)
         logp, stats = reference.linear_logprobs(
-            *(hidden, weight, targets),
-            **{"bias": bias, "scale": scale, "softcap": softcap, "ignore_index": ignore_index},
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            scale=scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
         )
         return logp, stats if with_stats else None
     outputs = registered.linear_logprobs(
@@ -211,9 +210,16 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     logp = linear_logprobs(
-        *(input, linear_weight, target),
-        **{"bias": linear_bias, "scale": scale, "softcap": softcap, "ignore_index": ignore_index},
-        **{"rows": rows, "backend": backend, "memory_budget": memory_budget},
+        input,
+        linear_weight,
+        target,
+        bias=linear_bias,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        rows=rows,
+        backend=backend,
+        memory_budget=memory_budget,
         process_group=process_group,
     )
     assert isinstance(logp, Tensor)
@@ -262,7 +268,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
     checks.check_cu_seqlens(cu_seqlens, values.shape[0])
     if backend == "reference":
         return reference.segment_sum(values, cu_seqlens)
-    return registered.sequence_sum(values, cu_seqlens, backend)
+    total: Tensor = registered.sequence_sum(values, cu_seqlens, backend)
+    return total
 
 
 def sequence_logprobs(

@@ -192,7 +192,7 @@ def remedy(name: str) -> str:
 def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that ``auto`` takes for a device and dtype, and why."""
     order = _AUTO.get(device_type, ("torch",))
-    why = []
+    why: list[str] = []
     for name in order:
         module = _module(name)
         if not isinstance(module, str):
