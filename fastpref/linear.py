@@ -268,6 +268,23 @@ def backward(
     return dhidden, dweight, dbias.to(weight.dtype)
 
 
+def _rescale_rows_(
+    kernels: backends.RowKernels, out: Tensor, x: Tensor, factor: Tensor, previous: Tensor | None
+) -> None:
+    """``scale_rows_`` of the rows whose factor is not the ``previous`` one that ``out`` was made
+    with.
+
+    A row's factor moves from tile to tile only where its maximum grew, which gets rare.
+    """
+    moved = None if previous is None else (factor != previous).nonzero()[:, 0]
+    if moved is None or 2 * moved.numel() > factor.numel():
+        kernels.scale_rows_(out, x, factor)
+    elif moved.numel():
+        rows = torch.empty_like(out[: moved.numel()])
+        kernels.scale_rows_(rows, x.index_select(0, moved), factor[moved])
+        out.index_copy_(0, moved, rows)
+
+
 def _head_gradients(
     grad: Tensor,
     hidden: Tensor,
@@ -316,6 +333,10 @@ def _head_gradients(
             )
             return operand, away[r0:r1]
 
+        # On CPU the scaled rows of a lone chunk outlive the tile, unless the buffer converts
+        # operands.
+        reusable = hidden.device.type == "cpu" and p.rows >= n and not ops.converts
+        previous: Tensor | None = None
         for t, (v0, v1) in enumerate(p.tiles(v)):
             if problem.need_weight_grad and dweight.dtype == dtype:
                 total = dweight[v0:v1]
@@ -328,7 +349,8 @@ def _head_gradients(
                     column_sum.addmv_(operand.to(dtype).t(), factor)
                 if problem.need_weight_grad:
                     scaled = ops.row_buffer[: (r1 - r0) * size].view(r1 - r0, size)
-                    kernels.scale_rows_(scaled, hidden[r0:r1], factor)
+                    _rescale_rows_(kernels, scaled, hidden[r0:r1], factor, previous)
+                    previous = factor if reusable else None
                     ops.mm(total, operand.t(), scaled, accumulate=r0 > 0)
                     kernels.add_target_rows_(
                         total, hidden[r0:r1], targets[r0:r1], toward[r0:r1], v0
