@@ -64,7 +64,9 @@ def check(
         raise ValueError(f"rows: expected a 1-D index, got shape {tuple(rows.shape)}")
 
 
-def check_options(softcap: float | None, memory_budget: int | None, process_group: Any) -> None:
+def check_options(
+    softcap: float | None, memory_budget: int | None, process_group: Any, backend: str
+) -> None:
     """Options that are not tensors, and transforms that cannot be served."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
@@ -75,11 +77,8 @@ def check_options(softcap: float | None, memory_budget: int | None, process_grou
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: a head sharded over the vocabulary is not supported yet; gather the "
-            "weight and pass process_group=None"
-        )
+    if process_group is not None and backend == "reference":
+        raise ValueError("process_group: backend='reference' needs the whole weight")
 
 
 def check_rows(rows: Tensor, num_rows: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
+from fastpref.parallel import Shard
 from fastpref.schedule import Plan, plan
 from fastpref.scratch import Arena, lend, nbytes, scratch
 
@@ -37,6 +38,8 @@ class Problem(NamedTuple):
     need_weight_grad: bool
     need_bias_grad: bool
     with_stats: bool
+    group: str
+    """Name of the process group over which the vocabulary is sharded; empty if it is whole."""
 
     @property
     def keeps(self) -> bool:
@@ -190,6 +193,8 @@ def forward(
     kept_tiles = p.kept_tiles if problem.keeps else 0
     bias_c = None if bias is None else bias.to(dtype)
     targets = targets.masked_fill(targets == problem.ignore_index, -1)
+    shard = Shard.of(problem.group, weight)
+    local = targets if shard is None else shard.localise(targets)
     in_place = saved.unit_grad.dtype == dtype
     acc_bytes = 0 if in_place else min(p.rows, n) * weight.shape[1] * dtype.itemsize
     with scratch(hidden.device, nbytes(_Operands.size(p, hidden, weight), acc_bytes)) as arena:
@@ -218,7 +223,7 @@ def forward(
                     state,
                     saved.offsets[t, r0:r1] if keep is not None else None,
                     acc if t else None,
-                    targets[r0:r1],
+                    local[r0:r1],
                     None if bias_c is None else bias_c[v0:v1],
                     v0,
                     problem.scale,
@@ -229,20 +234,25 @@ def forward(
                     keep.copy_(operand)
                 if acc is not None:
                     ops.mm(acc, operand, w, accumulate=t > 0)
+            if shard is not None:
+                shard.merge_(state, acc, targets[r0:r1])
             kernels.combine_(
                 state,
                 targets[r0:r1],
-                v,
+                v if shard is None else shard.vocab_size,
                 problem.softcap,
                 problem.scale,
-                acc,
+                acc if shard is None else None,
                 weight,
-                unit,
+                unit if shard is None else None,
                 logp[r0:r1],
                 rows[0, r0:r1],
                 rows[1, r0:r1],
                 stats[:, r0:r1] if problem.with_stats else None,
             )
+            if shard is not None and unit is not None and acc is not None:
+                q, coef = rows[0, r0:r1], rows[1, r0:r1]
+                shard.hidden_grad_(unit, acc, weight, local[r0:r1], q, coef, problem.scale)
             rows[2, r0:r1] = state[0]
     return logp, stats, saved
 
@@ -303,6 +313,8 @@ def _head_gradients(
     p = plan_for(hidden, weight, problem.memory_budget)
     dtype = compute_dtype(hidden.dtype)
     targets = targets.masked_fill(targets == problem.ignore_index, -1)
+    shard = Shard.of(problem.group, weight)
+    targets = targets if shard is None else shard.localise(targets)
     q, coef, maximum = saved.rows
     toward = problem.scale * grad * q
     away = -problem.scale * grad * coef

@@ -63,7 +63,9 @@ def linear_logprobs(
         memory_budget: Bytes for tiles of logits and for E kept for the backward of a trainable
             head. Default 1 GiB on CUDA, 256 MiB on CPU; 0 takes the smallest tiles and recomputes
             everything.
-        process_group: Reserved for heads sharded over the vocabulary; must be None.
+        process_group: A ``torch.distributed`` group over which the head is sharded: ``weight`` and
+            ``bias`` are this rank's slice of the vocabulary, in rank order; hidden, targets (global
+            ids) and the result are the same on every rank. Two collectives per chunk of rows.
 
     Returns:
         Log-probabilities of the shape of ``targets``, each <= 0; fp32, float64 for float64 inputs.
@@ -90,7 +92,7 @@ def linear_logprobs(
     hidden, weight = _autocast(hidden), _autocast(weight)
     bias = None if bias is None else _autocast(bias)
     checks.check(hidden, weight, targets, bias, rows)
-    checks.check_options(softcap, memory_budget, process_group)
+    checks.check_options(softcap, memory_budget, process_group, backend)
     shape, num_rows = targets.shape, targets.numel()
     flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
     if rows is not None:
@@ -103,6 +105,7 @@ def linear_logprobs(
     logp, stats = _project(
         *(flat, weight, bias, flat_targets, scale, softcap, ignore_index),
         *(return_stats, backend, memory_budget),
+        "" if process_group is None else process_group.group_name,
     )
 
     def place(x: Tensor) -> Tensor:
@@ -126,6 +129,7 @@ def _project(
     with_stats: bool,
     backend: str,
     memory_budget: int | None,
+    group: str,
 ) -> tuple[Tensor, TokenStats | None]:
     """The op on flat rows, by the backend asked for."""
     if backend == "reference":
@@ -144,6 +148,7 @@ def _project(
         *(hidden, weight, bias, targets, float(scale), float(softcap or 0.0), ignore_index),
         *(backend, memory_budget),
         *(_needs_grad(hidden), _needs_grad(weight), _needs_grad(bias), with_stats),
+        group,
     )
     if not with_stats:
         return outputs[0], None
@@ -209,6 +214,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if label_smoothing and process_group is not None:
+        raise ValueError("label_smoothing needs the whole weight: pass process_group=None, or 0")
     logp = linear_logprobs(
         input,
         linear_weight,

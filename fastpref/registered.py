@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpref import backends, linear
 from fastpref.linear import Problem, Saved
+from fastpref.parallel import Shard
 
 
 def _debug() -> bool:
@@ -52,12 +53,14 @@ def linear_logprobs(
     need_weight_grad: bool,
     need_bias_grad: bool,
     with_stats: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, statistics, and the four tensors of :class:`fastpref.linear.Saved`."""
-    check_range(targets, weight.shape[0], ignore_index)
+    shard = Shard.of(group, weight)
+    check_range(targets, shard.vocab_size if shard else weight.shape[0], ignore_index)
     problem = Problem(
         *(scale, softcap, ignore_index, backend, memory_budget),
-        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats, group),
     )
     logp, stats, saved = linear.forward(hidden, weight, bias, targets, problem)
     return (logp, stats, *saved)
@@ -78,10 +81,11 @@ def _(
     need_weight_grad: bool,
     need_bias_grad: bool,
     with_stats: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         *(scale, softcap, ignore_index, backend, memory_budget),
-        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats, group),
     )
     n, dtype = hidden.shape[0], linear.compute_dtype(hidden.dtype)
     p = linear.plan_for(hidden, weight, memory_budget)
@@ -115,11 +119,12 @@ def linear_logprobs_backward(
     need_hidden_grad: bool,
     need_weight_grad: bool,
     need_bias_grad: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor where none is needed."""
     problem = Problem(
         *(scale, softcap, ignore_index, backend, memory_budget),
-        *(need_hidden_grad, need_weight_grad, need_bias_grad, False),
+        *(need_hidden_grad, need_weight_grad, need_bias_grad, False, group),
     )
     saved = Saved(unit_grad, rows, offsets, kept)
     return linear.backward(grad, hidden, weight, bias, targets, saved, problem)
@@ -144,6 +149,7 @@ def _(
     need_hidden_grad: bool,
     need_weight_grad: bool,
     need_bias_grad: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     v, size = weight.shape
     return (
@@ -169,17 +175,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(stats, *saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, targets, *saved)
-    ctx.options = options[:-1]
+    *ctx.options, _, ctx.group = options
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative("linear_logprobs")
     needs = ctx.options[-3:]
-    none = (None,) * (4 + len(ctx.options) + 1)
+    none = (None,) * (4 + len(ctx.options) + 2)
     if grad is None:
         return none
     hidden, weight, bias, targets, *saved = ctx.saved_tensors
-    gradients = linear_logprobs_backward(grad, hidden, weight, bias, targets, *saved, *ctx.options)
+    gradients = linear_logprobs_backward(
+        grad, hidden, weight, bias, targets, *saved, *ctx.options, ctx.group
+    )
     picked = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*picked, *none[3:])
 

@@ -62,6 +62,7 @@ def test_opcheck_of_the_projection(tensors, backend, needs):
                 bool(needs[1]),
                 bool(needs[1]),
                 stats,
+                "",
             )
             torch.library.opcheck(registered.linear_logprobs, (h, w, b, targets, *options))
 
@@ -70,8 +71,8 @@ def test_opcheck_of_the_projection(tensors, backend, needs):
 def test_opcheck_of_the_other_ops(tensors, backend):
     hidden, weight, targets, bias = (x.detach() for x in tensors)
     options = (0.5, 0.0, -100, backend, None, True, True, True)
-    saved = registered.linear_logprobs(hidden, weight, bias, targets, *options, False)[2:]
-    args = (torch.randn(N), hidden, weight, bias, targets, *saved, *options)
+    saved = registered.linear_logprobs(hidden, weight, bias, targets, *options, False, "")[2:]
+    args = (torch.randn(N), hidden, weight, bias, targets, *saved, *options, "")
     torch.library.opcheck(registered.linear_logprobs_backward, args)
     values = torch.randn(N, requires_grad=True)
     torch.library.opcheck(registered.sequence_sum, (values, CU, backend))
