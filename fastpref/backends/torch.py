@@ -106,11 +106,12 @@ def combine_(
     log_sum = torch.where(alone, -math.inf, sum_other.log() + max_other)
     a = log_sum - z_target
     other = torch.where(alone, 0.0, torch.sigmoid(a))
-    bad = z_target.isnan()
-    certain = torch.where(alone & ~bad, 0.0, torch.nn.functional.logsigmoid(-a))
+    # as log_softmax: NaN where the target's logit is +inf, or where no logit is finite
+    bad = z_target.isnan() | (z_target == math.inf) | (alone & (z_target == -math.inf))
+    certain = torch.where(alone, 0.0, torch.nn.functional.logsigmoid(-a))
     slope = 1.0 - (z_target / softcap) ** 2 if softcap > 0.0 else torch.ones_like(z_target)
-    logp.copy_(certain.masked_fill(ignored, 0.0))
     nan = torch.where(bad, math.nan, 0.0)
+    logp.copy_((certain + nan).masked_fill(ignored, 0.0))
     q.copy_((torch.where(alone, 0.0, other * slope) + nan).masked_fill(ignored, 0.0))
     coef.copy_((torch.where(alone, 0.0, other / sum_other) + nan).masked_fill(ignored, 0.0))
     if hidden_grad is not None and acc is not None:

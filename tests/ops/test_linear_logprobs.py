@@ -170,6 +170,23 @@ def test_minus_infinity_logits(backend, with_bias_grad):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ["target +inf", "other +inf", "all -inf", "target -inf"])
+def test_infinite_logits_as_log_softmax(backend, case):
+    hidden, weight, targets, _ = make(4, 5, 2100, torch.float32, ignore=False)
+    targets[:] = 2070
+    bias = torch.zeros(2100)
+    if case == "all -inf":
+        bias[:] = -torch.inf
+    else:
+        column = 3 if case.startswith("other") else 2070
+        bias[column] = -torch.inf if case.endswith("-inf") else torch.inf
+    truth, _ = reference.linear_logprobs(hidden, weight, targets, bias=bias)
+    logp = linear_logprobs(hidden, weight, targets, bias=bias, backend=backend)
+    assert torch.equal(logp.isnan(), truth.isnan())
+    torch.testing.assert_close(logp, truth, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_target_is_possible(backend):
     hidden = torch.randn(3, 4, requires_grad=True)
     weight = torch.randn(2500, 4, requires_grad=True)
