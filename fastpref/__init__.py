@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "linear_cross_entropy": "ops",
     "linear_logprobs": "ops",
+    "linear_token_kl": "token_kl",
     "preference_margins": "ops",
     "sequence_logprobs": "ops",
     "TokenStats": "reference",

@@ -159,7 +159,8 @@ def _(
     )
 
 
-def _refuse_second_derivative(name: str) -> None:
+def refuse_second_derivative(name: str) -> None:
+    """Raise if a backward runs for the sake of a second derivative."""
     # The engine enables grad mode in a backward only for create_graph=True.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -179,7 +180,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative("linear_logprobs")
+    refuse_second_derivative("linear_logprobs")
     needs = ctx.options[-3:]
     none = (None,) * (4 + len(ctx.options) + 2)
     if grad is None:
@@ -229,7 +230,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative("sequence_logprobs")
+    refuse_second_derivative("sequence_logprobs")
     (cu_seqlens,) = ctx.saved_tensors
     return sequence_sum_backward(grad, cu_seqlens, ctx.n, ctx.backend), None, None
 
@@ -272,7 +273,7 @@ def _save_margins(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_margins(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative("preference_margins")
+    refuse_second_derivative("preference_margins")
     cu_seqlens, pairs = ctx.saved_tensors
     dlogps = preference_margins_backward(grad, cu_seqlens, pairs, ctx.n, ctx.backend)
     return dlogps, -dlogps if ctx.needs_input_grad[1] else None, None, None, None

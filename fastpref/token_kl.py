@@ -1,0 +1,235 @@
+"""`linear_token_kl`: KL(reference || policy) per token over the vocabulary, a chunk of rows at a
+time.
+
+The gradient in the policy's logits is ``p_policy - p_reference``, so ``dKL/dhidden`` is formed in
+the forward while the chunk's logits are there; the backward scales it, and recomputes chunks for
+the gradient of a trainable head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import checks
+from fastpref.linear import compute_dtype
+from fastpref.reference import logits
+from fastpref.registered import refuse_second_derivative
+from fastpref.schedule import DEFAULT_BUDGET
+
+# Chunk-sized fp32 buffers alive at once: both log-softmaxes, both probabilities, their difference.
+_BUFFERS = 6
+
+
+def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int | None) -> int:
+    """Rows of a chunk whose logits fit the budget."""
+    budget = DEFAULT_BUDGET["cpu" if device == "cpu" else "cuda"]
+    budget = budget if memory_budget is None else memory_budget
+    return max(16, budget // (_BUFFERS * vocab_size * compute_dtype(dtype).itemsize))
+
+
+def _log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
+    wide = compute_dtype(x.dtype)
+    if x.device.type == "cuda" and x.dtype != wide:
+        z = torch.mm(x, weight.t(), out_dtype=wide)
+        z = z if bias is None else z.add_(bias)
+        z = z.mul_(scale)
+        z = z.div_(cap).tanh_().mul_(cap) if cap else z
+    else:
+        b = None if bias is None else bias.to(wide)
+        z = logits(x.to(wide), weight.to(wide), b, scale, cap or None)
+    return z.log_softmax(-1)
+
+
+def _chunk(
+    policy: tuple[Tensor, Tensor, Tensor | None, float, float],
+    reference: tuple[Tensor, Tensor, Tensor | None, float, float],
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """KL of a chunk of rows, and its gradient in the raw product ``hidden @ weight.T + bias``."""
+    log_p, log_r = _log_probs(*policy), _log_probs(*reference)
+    r = log_r.exp()
+    # a token the reference rules out adds nothing, whatever the policy thinks of it
+    kl = torch.where(r == 0.0, 0.0, r * (log_r - log_p)).sum(-1)
+    if not with_grad:
+        return kl, kl
+    grad = log_p.exp().sub_(r)
+    x, weight, bias, scale, cap = policy
+    if cap:
+        wide = compute_dtype(x.dtype)
+        b = None if bias is None else bias.to(wide)
+        z = logits(x.to(wide), weight.to(wide), b, scale, cap)
+        grad.mul_(1.0 - (z / cap).square_())
+    return kl, grad.mul_(scale)
+
+
+@torch.library.custom_op("fastpref::linear_token_kl", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    memory_budget: int | None,
+    need_hidden_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    n, wide = hidden.shape[0], compute_dtype(hidden.dtype)
+    kl = hidden.new_empty((n,), dtype=wide)
+    unit = hidden.new_empty((n if need_hidden_grad else 0, hidden.shape[1]))
+    step = _rows(weight.shape[0], hidden.dtype, hidden.device.type, memory_budget)
+    for a in range(0, n, step):
+        rows = slice(a, a + step)
+        policy = (hidden[rows], weight, bias, scale, softcap)
+        reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
+        kl[rows], grad = _chunk(policy, reference, need_hidden_grad)
+        if need_hidden_grad:
+            unit[rows] = grad @ weight.to(wide)
+    return kl, unit
+
+
+@_forward.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n = hidden.shape[0]
+    return (
+        hidden.new_empty((n,), dtype=compute_dtype(hidden.dtype)),
+        hidden.new_empty((n if rest[-1] else 0, hidden.shape[1])),
+    )
+
+
+@torch.library.custom_op("fastpref::linear_token_kl_backward", mutates_args=())
+def _head_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor]:
+    n, wide = hidden.shape[0], compute_dtype(hidden.dtype)
+    dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    dbias = dweight.new_zeros(weight.shape[0])
+    step = _rows(weight.shape[0], hidden.dtype, hidden.device.type, memory_budget)
+    for a in range(0, n, step):
+        rows = slice(a, a + step)
+        policy = (hidden[rows], weight, bias, scale, softcap)
+        reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
+        _, dz = _chunk(policy, reference, True)
+        dz.mul_(grad[rows, None])
+        dweight.addmm_(dz.t(), hidden[rows].to(wide))
+        dbias.add_(dz.sum(0))
+    return dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+@_head_gradients.register_fake
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty((weight.shape[0],))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.options = inputs[6:-1]
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("linear_token_kl")
+    *inputs, unit = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dhidden = (unit * grad[:, None]).to(unit.dtype) if need_hidden else None
+    dweight = dbias = None
+    if need_weight or need_bias:
+        dweight, dbias = _head_gradients(grad, *inputs, *ctx.options)
+    return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 9
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_scale: float | None = None,
+    ref_softcap: float | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    """KL(reference || policy) of the next-token distributions, in nats, without ``[tokens,
+    vocab]``.
+
+    Equals, with ``log_p`` and ``log_r`` the log-softmax of the policy's and the reference's logits,
+    ``(log_r.exp() * (log_r - log_p)).sum(-1)``.
+
+    Args:
+        hidden: The policy's last hidden states. Shape ``(..., H)``; fp32, bf16, fp16 or float64.
+        weight: The policy's head. Shape ``(V, H)``.
+        ref_hidden: The reference's hidden states. Shape ``(..., H_ref)``, leading shape of
+            ``hidden``.
+        ref_weight: The reference's head. Shape ``(V, H_ref)``.
+        bias: The policy's bias. Shape ``(V,)``.
+        ref_bias: The reference's bias. Shape ``(V,)``.
+        scale: Multiplies the policy's logits.
+        softcap: Soft cap of the policy's logits, or None.
+        ref_scale: Multiplies the reference's logits; None takes ``scale``.
+        ref_softcap: Soft cap of the reference's logits; None takes ``softcap``.
+        memory_budget: Bytes for the logits of a chunk of rows. Default 1 GiB on CUDA, 256 MiB on
+            CPU.
+
+    Returns:
+        Shape ``(...)``, fp32 (float64 for float64), each >= 0 up to rounding. Differentiable in
+        ``hidden``, ``weight`` and ``bias``; the reference gets no gradient.
+
+    Raises:
+        ValueError: Shapes or devices disagree.
+        TypeError: Wrong or mixed dtypes.
+        RuntimeError: The result is differentiated twice.
+
+    Numerics:
+        Logits are fp32. Equal policy and reference give exactly 0. ``dKL/dhidden`` is held until
+        the backward; a trainable head recomputes its chunks there.
+
+    Source:
+        Zeng et al., Token-level Direct Preference Optimization, arXiv:2404.11999, equation 6.
+    """
+    token = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    for x, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
+        checks.check_tensors(x, weight=w, targets=token, bias=b)
+        checks.check(x, w, token, b, None)
+    for cap in (softcap, ref_softcap):
+        checks.check_options(cap, memory_budget, None, "auto")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight: expected {weight.shape[0]} rows as weight, got {ref_weight.shape[0]}: the "
+            "two models must share a vocabulary"
+        )
+    kl, _ = _forward(
+        *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
+        *(ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias),
+        *(float(scale), float(softcap or 0.0)),
+        float(scale if ref_scale is None else ref_scale),
+        float((softcap if ref_softcap is None else ref_softcap) or 0.0),
+        memory_budget,
+        hidden.requires_grad and torch.is_grad_enabled(),
+    )
+    result: Tensor = kl.view(hidden.shape[:-1])
+    return result

@@ -1,0 +1,115 @@
+"""`linear_token_kl` against plain torch in float64: value, gradients, chunking, hostile logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpref import reference, token_kl
+from fastpref.token_kl import linear_token_kl
+
+
+def plain(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, scale, softcap):
+    log_p = reference.logits(hidden, weight, bias, scale, softcap).log_softmax(-1)
+    log_r = reference.logits(ref_hidden, ref_weight, ref_bias, scale, softcap).log_softmax(-1)
+    return torch.nn.functional.kl_div(log_p, log_r, reduction="none", log_target=True).sum(-1)
+
+
+def make(dtype=torch.float64, n=40, v=301):
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    return [
+        *(randn(2, n // 2, 12), randn(v, 12), randn(2, n // 2, 7), randn(v, 7)),
+        *(randn(v), randn(v)),
+    ]
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)],
+    ids=str,
+)
+def test_value_and_gradients(budget, softcap, dtype, tolerance):
+    inputs = make(dtype)
+    leaves = [inputs[i].requires_grad_() for i in (0, 1, 4)]
+    kl = linear_token_kl(
+        *inputs[:4],
+        bias=inputs[4],
+        ref_bias=inputs[5],
+        scale=0.6,
+        softcap=softcap,
+        memory_budget=budget,
+    )
+    wide = [x.detach().double() for x in inputs]
+    truth_leaves = [wide[i].requires_grad_() for i in (0, 1, 4)]
+    truth = plain(*wide, 0.6, softcap)
+    upstream = torch.randn(kl.shape, dtype=torch.float64)
+    assert kl.shape == (2, 20)
+    assert kl.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(kl.double(), truth, rtol=max(tolerance / 50, 1e-10), atol=tolerance)
+    got = torch.autograd.grad((kl * upstream.to(kl.dtype)).sum(), leaves)
+    expected = torch.autograd.grad((truth * upstream).sum(), truth_leaves)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_equal_distributions_give_exactly_zero():
+    hidden, weight = make()[:2]
+    assert not linear_token_kl(hidden, weight, hidden, weight).any()
+
+
+def test_a_token_the_reference_rules_out():
+    hidden, weight, ref_hidden, ref_weight, bias, ref_bias = make()
+    ref_bias[5] = -torch.inf
+    bias[5] = -torch.inf
+    kl = linear_token_kl(hidden, weight, ref_hidden, ref_weight, bias=bias, ref_bias=ref_bias)
+    keep = torch.arange(301) != 5
+    truth = plain(
+        hidden, weight[keep], ref_hidden, ref_weight[keep], bias[keep], ref_bias[keep], 1.0, None
+    )
+    torch.testing.assert_close(kl, truth)
+
+
+@pytest.mark.parametrize("needs", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_each_input_alone(needs):
+    hidden, weight, ref_hidden, ref_weight, bias, ref_bias = make()
+    leaves = [hidden, weight, bias]
+    full = [x.clone().requires_grad_() for x in leaves]
+    some = [x.clone().requires_grad_(i in needs) for i, x in enumerate(leaves)]
+    for h, w, b in (full, some):
+        kl = linear_token_kl(h, w, ref_hidden, ref_weight, bias=b, ref_bias=ref_bias)
+        kl.sum().backward()
+    for i, (a, b) in enumerate(zip(some, full, strict=True)):
+        assert torch.equal(a.grad, b.grad) if i in needs else a.grad is None
+
+
+def test_opcheck_and_compile():
+    h, w, rh, rw, b, rb = make(torch.float32)
+    h, rh = h[0].requires_grad_(), rh[0]
+    w.requires_grad_()
+    args = (h, w, b, rh, rw, rb, 0.5, 0.0, 0.5, 0.0, None, True)
+    torch.library.opcheck(token_kl._forward, args)
+    args = (torch.randn(20), *(x.detach() for x in args[:6]), *args[6:-1])
+    torch.library.opcheck(token_kl._head_gradients, args)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_token_kl, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(h, w, rh, rw), linear_token_kl(h, w, rh, rw))
+
+
+def test_errors():
+    h, w, rh, rw, b, _ = make(torch.float32)
+    with pytest.raises(ValueError, match="share a vocabulary"):
+        linear_token_kl(h, w, rh, rw[:-1])
+    with pytest.raises(ValueError, match="hidden: expected shape"):
+        linear_token_kl(h, w, rh[..., :-1], rw)
+    with pytest.raises(TypeError, match="bias is"):
+        linear_token_kl(h, w, rh, rw, bias=b.double())
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(
+            linear_token_kl(h.requires_grad_(), w, rh, rw).sum(), h, create_graph=True
+        )
