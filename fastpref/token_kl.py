@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastpref import checks
 from fastpref.linear import compute_dtype
-from fastpref.reference import logits
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 
@@ -30,17 +29,18 @@ def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int |
     return max(16, budget // (_BUFFERS * vocab_size * compute_dtype(dtype).itemsize))
 
 
-def _log_probs(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
-    wide = compute_dtype(x.dtype)
-    if x.device.type == "cuda" and x.dtype != wide:
-        z = torch.mm(x, weight.t(), out_dtype=wide)
-        z = z if bias is None else z.add_(bias)
-        z = z.mul_(scale)
-        z = z.div_(cap).tanh_().mul_(cap) if cap else z
-    else:
-        b = None if bias is None else bias.to(wide)
-        z = logits(x.to(wide), weight.to(wide), b, scale, cap or None)
-    return z.log_softmax(-1)
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32 (float64): on CUDA by a product of low-precision operands, as ``b`` is."""
+    wide = compute_dtype(b.dtype)
+    if b.device.type == "cuda" and b.dtype != wide:
+        return torch.mm(a.to(b.dtype), b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
+    z = _mm(x, weight.t())
+    z = (z if bias is None else z.add_(bias)).mul_(scale)
+    return z.div_(cap).tanh_().mul_(cap) if cap else z
 
 
 def _chunk(
@@ -49,19 +49,17 @@ def _chunk(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """KL of a chunk of rows, and its gradient in the raw product ``hidden @ weight.T + bias``."""
-    log_p, log_r = _log_probs(*policy), _log_probs(*reference)
+    z = _logits(*policy)
+    log_p, log_r = z.log_softmax(-1), _logits(*reference).log_softmax(-1)
     r = log_r.exp()
     # a token the reference rules out adds nothing, whatever the policy thinks of it
     kl = torch.where(r == 0.0, 0.0, r * (log_r - log_p)).sum(-1)
     if not with_grad:
         return kl, kl
     grad = log_p.exp().sub_(r)
-    x, weight, bias, scale, cap = policy
+    *_, scale, cap = policy
     if cap:
-        wide = compute_dtype(x.dtype)
-        b = None if bias is None else bias.to(wide)
-        z = logits(x.to(wide), weight.to(wide), b, scale, cap)
-        grad.mul_(1.0 - (z / cap).square_())
+        grad.mul_(z.div_(cap).square_().neg_().add_(1.0))
     return kl, grad.mul_(scale)
 
 
@@ -90,7 +88,7 @@ def _forward(
         reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
         kl[rows], grad = _chunk(policy, reference, need_hidden_grad)
         if need_hidden_grad:
-            unit[rows] = grad @ weight.to(wide)
+            unit[rows] = _mm(grad, weight)
     return kl, unit
 
 
@@ -128,7 +126,7 @@ def _head_gradients(
         reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
         _, dz = _chunk(policy, reference, True)
         dz.mul_(grad[rows, None])
-        dweight.addmm_(dz.t(), hidden[rows].to(wide))
+        dweight.add_(_mm(dz.t(), hidden[rows]))
         dbias.add_(dz.sum(0))
     return dweight.to(weight.dtype), dbias.to(weight.dtype)
 
@@ -219,8 +217,8 @@ def linear_token_kl(
         checks.check_options(cap, memory_budget, None, "auto")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"ref_weight: expected {weight.shape[0]} rows as weight, got {ref_weight.shape[0]}: the "
-            "two models must share a vocabulary"
+            f"ref_weight: expected {weight.shape[0]} rows as weight, got {ref_weight.shape[0]}: "
+            "the two models must share a vocabulary"
         )
     kl, _ = _forward(
         *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
