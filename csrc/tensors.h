@@ -30,14 +30,17 @@ inline constexpr ScalarType kDtype<int32_t> = ScalarType::Int;
 template <>
 inline constexpr ScalarType kDtype<int64_t> = ScalarType::Long;
 
-// A matrix of any float dtype whose rows are contiguous. No data where the tensor is absent.
+// A matrix of any float dtype whose rows are contiguous. No data where the tensor is absent. Its
+// functions are constexpr so that kernels on a GPU may call them.
 struct Matrix {
   char* data = nullptr;
   int64_t rows = 0, cols = 0, row_bytes = 0, item_bytes = 0;
   ScalarType dtype = ScalarType::Undefined;
 
-  explicit operator bool() const { return data != nullptr; }
-  void* at(int64_t row, int64_t col = 0) const { return data + row * row_bytes + col * item_bytes; }
+  constexpr explicit operator bool() const { return data != nullptr; }
+  constexpr void* at(int64_t row, int64_t col = 0) const {
+    return data + row * row_bytes + col * item_bytes;
+  }
 };
 
 inline Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {

@@ -18,8 +18,8 @@ from fastpref.linear import compute_dtype
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 
-# Chunk-sized fp32 buffers alive at once: both log-softmaxes, both probabilities, their difference.
-_BUFFERS = 6
+# Chunk-sized fp32 buffers alive at once: logits, both log-softmaxes, and what a KL makes of them.
+_BUFFERS = 7
 
 
 def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int | None) -> int:

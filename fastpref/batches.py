@@ -1,0 +1,113 @@
+"""Between dataset and trainer: rows of token ids, and the batches a step is made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
+from fastpref.policy import Batch
+
+logger = logging.getLogger("fastpref")
+
+RESPONSES = {"pair": ("chosen", "rejected", "third"), "unpaired": ("completion",)}
+"""Names of the responses, in the order of a batch's sequences."""
+TOKEN_COLUMN = "ref_{}_token_logps"
+"""Dataset column with the reference's log-probability of each token of a response, by its name."""
+
+
+class TrainerCollator:
+    """A collator whose batch also holds what the trainer wants to know without asking the device.
+
+    Adds ``response_tokens``, the number of response tokens of all chosen, all rejected, ...;
+    ``num_tokens``, of prompts and responses, a prompt counted for each response; and ``ref_logps``,
+    ``(n,)`` or ``(count, n)``, where the dataset holds a reference's log-probabilities by token.
+
+    Args:
+        collator: Makes the batch, sequences response by response, each in the order of the rows.
+        kind: ``"pair"`` or ``"unpaired"``.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Batch], kind: str) -> None:
+        """See the class."""
+        self.collator, self.kind = collator, kind
+        self.references = 1
+        """Number of references in the columns."""
+
+    def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch."""
+        batch = dict(self.collator(features))
+        missing = {"response_rows", "cu_seqlens", "position_ids"} - batch.keys()
+        if missing:
+            raise ValueError(
+                f"data_collator: the batch has no {sorted(missing)}. Expected one as "
+                "fastpref.data.PreferenceCollator makes it; leave data_collator out to use that"
+            )
+        names = [name for name in RESPONSES[self.kind] if f"{name}_ids" in features[0]]
+        bounds, size = batch["cu_seqlens"].tolist(), len(features)
+        groups = bounds[::size] + ([] if (len(bounds) - 1) % size == 0 else bounds[-1:])
+        batch["response_tokens"] = [b - a for a, b in pairwise(groups)]
+        prompts = sum(len(f["prompt_ids"]) for f in features)
+        batch["num_tokens"] = prompts * len(names) + bounds[size * len(names)]
+        columns = [TOKEN_COLUMN.format(name) for name in names]
+        if columns[0] in features[0]:
+            values = [f[name] for name in columns for f in features]
+            rows = [torch.tensor(v, dtype=torch.float32).view(self.references, -1) for v in values]
+            logps = torch.cat(rows, dim=1)
+            batch["ref_logps"] = logps[0] if self.references == 1 else logps
+        return batch
+
+
+def make_collator(args: Any, tokenizer: Any, kind: str, needs: Sequence[str]) -> PreferenceCollator:
+    """The collator that a :class:`fastpref.PreferenceConfig` asks for."""
+    pad = tokenizer.pad_token_id
+    return PreferenceCollator(
+        pad_token_id=(tokenizer.eos_token_id or 0) if pad is None else pad,
+        kind=kind,  # type: ignore[arg-type]
+        prefix_sharing=args.prefix_sharing,
+        row_tokens=args.max_tokens_per_batch,
+        pad_to_multiple_of=args.pad_to_multiple_of or 1,
+        mismatched="previous" if "mismatched" in needs else None,
+    )
+
+
+def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: str) -> Any:
+    """The dataset as token ids, its report printed if there is something to say.
+
+    Args:
+        dataset: ``Dataset`` or ``IterableDataset`` in a layout of :mod:`fastpref.data.formats`.
+        tokenizer: Of the model.
+        args: A :class:`fastpref.PreferenceConfig`.
+        kind: ``"pair"`` or ``"unpaired"``.
+        name: For the progress bar.
+    """
+    with args.main_process_first(desc=f"tokenising {name}"):
+        dataset, report = tokenize_dataset(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            kind=kind,  # type: ignore[arg-type]
+            unpair=kind == "unpaired",
+            num_proc=args.dataset_num_proc,
+            max_bad_rows=args.max_bad_rows,
+            desc=f"Tokenising {name}",
+        )
+    if args.should_log and not report.streaming and (report.bad or report.notes):
+        report.print()
+    grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if grouped and not report.streaming and args.length_column_name not in dataset.column_names:
+        counts = lengths(dataset, prefix_sharing=args.prefix_sharing)
+        dataset = dataset.add_column(args.length_column_name, counts)
+    return dataset
+
+
+def columns_of(dataset: Any) -> set[str]:
+    """Names of the columns of a dataset or a stream."""
+    return set(getattr(dataset, "column_names", None) or next(iter(dataset)))

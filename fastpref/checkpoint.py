@@ -1,0 +1,198 @@
+"""Checkpoints that are whole or not there: written beside, flushed to disk, renamed into place.
+
+A folder called ``checkpoint-N`` has always been written to its end. Its ``fastpref.json`` lists the
+files and their sizes, so that a copy that was cut short later is told from a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("fastpref")
+
+MANIFEST = "fastpref.json"
+STAGING = ".saving"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that ``path`` holds either all of it or what it held before."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def manifest(folder: Path) -> dict[str, Any] | None:
+    """The contents of a checkpoint's ``fastpref.json``; None if there is none that can be read."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is whole."""
+    content = manifest(folder)
+    if content is None:
+        return f"it has no readable {MANIFEST}"
+    for name, size in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def last_complete(run_dir: str | os.PathLike[str]) -> Path:
+    """The whole checkpoint in a run's folder that was written last.
+
+    Raises:
+        ValueError: there is none; the message says what was found.
+    """
+    folders = [p for p in Path(run_dir).glob("checkpoint-*") if p.is_dir()]
+    faults = {p: fault(p) for p in folders}
+    for path, wrong in faults.items():
+        if wrong is not None:
+            logger.warning("ignoring %s: %s", path, wrong)
+    whole = {p: manifest(p) or {} for p, wrong in faults.items() if wrong is None}
+    if not whole:
+        found = ", ".join(f"{p.name} ({wrong})" for p, wrong in sorted(faults.items()))
+        raise ValueError(
+            f"there is no complete checkpoint in {run_dir} to resume from; found "
+            f"{found or 'no checkpoint at all'}. Start afresh without resume_from_checkpoint, or "
+            "give the path of another checkpoint."
+        )
+    # The last written, not the highest step: an older run may have got further in the same folder.
+    return max(whole, key=lambda p: (whole[p]["saved_at"], whole[p]["step"]))
+
+
+def verify(path: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint that was asked for by name.
+
+    Raises:
+        ValueError: it is not there, or it was written by this library and is not whole.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {folder}")
+    wrong = fault(folder)
+    if wrong is None:
+        return folder
+    if (folder / MANIFEST).exists():
+        raise ValueError(
+            f"checkpoint {folder} is damaged: {wrong}. Resume from another one; "
+            "resume_from_checkpoint=True takes the last that is whole."
+        )
+    logger.warning("%s was not written by fastpref: the loss's own state is not in it", folder)
+    return folder
+
+
+@contextmanager
+def staged(
+    run_dir: Path,
+    name: str,
+    content: dict[str, Any],
+    *,
+    writes: bool,
+    cleans: bool,
+    barrier: Callable[[], None],
+) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which becomes ``run_dir/name`` when the block ends.
+
+    All ranks enter and leave together. If the block fails, nothing of it stays, and what was
+    ``run_dir/name`` before is untouched.
+
+    Args:
+        run_dir: Where the run keeps its checkpoints.
+        name: ``checkpoint-N``.
+        content: Goes into the manifest beside the list of files.
+        writes: This rank writes the files that exist once.
+        cleans: This rank is the first of its machine.
+        barrier: Waits for all ranks.
+    """
+    staging = run_dir / STAGING
+    if cleans:
+        shutil.rmtree(staging, ignore_errors=True)
+    barrier()
+    folder = staging / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        barrier()
+        if writes:
+            _finish(folder, content)
+            _publish(folder, run_dir / name)
+        barrier()
+        # A machine with a disk of its own still has what its ranks wrote.
+        if cleans and folder.is_dir():
+            _publish(folder, run_dir / name)
+    finally:
+        if cleans:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish(folder: Path, content: dict[str, Any]) -> None:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+    for path in files:
+        _sync(path)
+    for path in [p for p in folder.rglob("*") if p.is_dir()]:
+        _sync(path)
+    write_json(folder / MANIFEST, {**content, "saved_at": time.time(), "files": sizes})
+
+
+def _publish(folder: Path, target: Path) -> None:
+    if target.exists():
+        target.replace(folder.with_name("replaced"))
+    folder.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Interrupt:
+    """Ctrl-C, or SIGTERM, as a wish to stop after the step that runs; the second time, at once."""
+
+    asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals within; elsewhere than in the main thread they stay as they are."""
+        self.asked = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            logger.warning("stopping: this step is finished and saved first; again to stop at once")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

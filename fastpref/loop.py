@@ -1,0 +1,164 @@
+"""What happens between the steps of a run: checks, stopping, the window a resumed run goes on in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fastpref import checkpoint, selfcheck
+from fastpref.batches import RESPONSES
+from fastpref.metrics import Meter
+from fastpref.reference_policy import Frozen
+
+logger = logging.getLogger("fastpref")
+
+
+class _Snapshot(NamedTuple):
+    """What a step changes before it can be seen that it must not be taken."""
+
+    loss: Tensor
+    meter: Meter
+    states: Mapping[str, Any]
+
+
+class Loop(TrainerCallback):  # type: ignore[misc]
+    """The trainer's own callback. Reads the device once an optimiser step, for both stop signals.
+
+    Args:
+        trainer: A :class:`fastpref.PreferenceTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        """See the class."""
+        self.trainer = trainer
+        self.interrupt = checkpoint.Interrupt()
+        self.stopping = False
+        """All ranks agreed to stop after this step."""
+        self.resumed: Path | None = None
+        """Checkpoint that the run goes on from."""
+        self._window: list[tuple[Tensor, Tensor]] = []
+        self._before: _Snapshot | None = None
+
+    def note(self, example_ids: Tensor, losses: Tensor) -> None:
+        """Remember a micro-batch of this optimiser step."""
+        self._window.append((example_ids, losses.detach()))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore what a checkpoint holds beside transformers' own, and check the model."""
+        trainer = self.trainer
+        self.stopping = False
+        if self.resumed is not None:
+            self._restore(self.resumed)
+        if state.is_world_process_zero:
+            trainer.metrics_file.begin(state.global_step)
+        if args.self_check:
+            self._check(fresh=state.global_step == 0)
+        trainer.meter.restart()
+
+    def _check(self, fresh: bool) -> None:
+        trainer = self.trainer
+        rows = trainer.train_dataset
+        rows = (
+            rows.take(2) if not hasattr(rows, "__len__") else rows.select(range(min(2, len(rows))))
+        )
+        kind = trainer.combined.kind
+        examples = [selfcheck.shorten(row, RESPONSES[kind]) for row in rows]
+
+        def collate(rows: list[Any]) -> Any:
+            return trainer._prepare_inputs(trainer.data_collator.collator(rows))
+
+        model, options = trainer.model_wrapped, trainer.head_options
+        with trainer.accelerator.autocast():
+            names = [name for name in RESPONSES[kind] if f"{name}_ids" in examples[0]]
+            selfcheck.check_policy(model, examples, collate, names, **options)
+            if fresh and trainer.reference.is_start:
+                selfcheck.check_reference(model, trainer.reference, collate(examples), **options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the state before the step."""
+        trainer = self.trainer
+        self._window = []
+        states = copy.deepcopy(trainer.combined.states)
+        self._before = _Snapshot(trainer._tr_loss.clone(), copy.copy(trainer.meter), states)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the weights change: is every loss finite, and does anyone want to stop?"""
+        trainer = self.trainer
+        finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).all()
+        asked = torch.full_like(finite, self.interrupt.asked)
+        flags = trainer.sum_over_ranks(torch.stack([~finite, asked]).double()).tolist()
+        if flags[0]:
+            self._refuse(state.global_step)
+        self.stopping = bool(flags[1])
+
+    def _refuse(self, step: int) -> None:
+        """Save the state before this step, and say which examples have a loss that is not finite."""
+        trainer, before = self.trainer, self._before
+        assert before is not None
+        rank = trainer.accelerator.process_index
+        ids = [i[~losses.isfinite()].tolist() for i, losses in self._window]
+        found = trainer.gather_objects([(rank, [i for part in ids for i in part])])
+        where = "; ".join(f"rank {r}: examples {sorted(set(i))}" for r, i in found if i)
+        trainer._tr_loss.copy_(before.loss)
+        trainer.meter = before.meter
+        for name, saved in before.states.items():
+            trainer.combined.states[name].load_state_dict(saved.state_dict())
+        trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        raise FloatingPointError(
+            f"the loss of step {step + 1} is not finite; {where} (row numbers of the training "
+            f"dataset). The state before that step is saved in {trainer.checkpoint_path(step)}. Look "
+            "at those rows; if they are fine, the step before has broken the weights: lower "
+            "learning_rate, set max_grad_norm, or train in bf16 rather than fp16."
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move a reference that follows the policy; stop if all agreed to."""
+        trainer = self.trainer
+        reference = trainer.reference
+        moves = args.sync_ref_model and state.global_step % args.ref_model_sync_steps == 0
+        if moves and isinstance(reference, Frozen):
+            reference.move_towards(trainer.model, args.ref_model_mixup_alpha)
+        if self.stopping:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def save(self, folder: Path) -> None:
+        """Write what this rank needs to go on as if it had not stopped."""
+        trainer = self.trainer
+        content = {
+            "ranks": trainer.accelerator.num_processes,
+            "loss_since_log": trainer._tr_loss.item(),
+            "last_logged": trainer._globalstep_last_logged,
+            "meter": trainer.meter.state_dict(),
+        }
+        checkpoint.write_json(folder / self._rank_file(), content)
+        if trainer.args.sync_ref_model and trainer.args.should_save:
+            trainer.reference.save(folder)
+
+    def _restore(self, folder: Path) -> None:
+        trainer = self.trainer
+        saved = checkpoint.manifest(folder)
+        if saved is None:
+            return
+        trainer.combined.load_state_dict(saved["losses"])
+        if trainer.args.sync_ref_model:
+            trainer.reference.load(folder)
+        path = folder / self._rank_file()
+        content = json.loads(path.read_text()) if path.exists() else {"ranks": None}
+        if content["ranks"] != trainer.accelerator.num_processes:
+            logger.warning("the run had another number of ranks: the first log is of fewer steps")
+            return
+        trainer._tr_loss.fill_(content["loss_since_log"])
+        trainer._globalstep_last_logged = content["last_logged"]
+        trainer.meter.load_state_dict(content["meter"], trainer.accelerator.device)
+
+    def _rank_file(self) -> str:
+        return f"fastpref_rank{self.trainer.accelerator.process_index}.json"

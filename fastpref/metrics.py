@@ -1,0 +1,258 @@
+"""What is logged: TRL's keys and a few more, summed on the device, read back once a log.
+
+Every metric is a number for each example and what it is averaged over, so batches, accumulation
+steps and ranks of any size add up to the same mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.losses import PairLogps, UnpairedLogps
+from fastpref.ops import segment_sum
+from fastpref.policy import Batch, ResponseLogps
+
+Rows = Mapping[str, tuple[Tensor, Tensor]]
+"""By key: for each example a number, and its share of what the mean is taken over. Shapes (B,)."""
+
+
+@torch.no_grad()
+def example_rows(
+    examples: PairLogps | UnpairedLogps,
+    batch: Batch,
+    policy: ResponseLogps,
+    reference: Tensor | None,
+    beta: float,
+) -> Rows:
+    """The metrics of a batch; ``policy`` with statistics.
+
+    Args:
+        examples: What the losses took.
+        batch: Of the collator.
+        policy: Of :func:`fastpref.policy.response_logps`.
+        reference: Log-probabilities of the tokens, ``(n,)`` or ``(K, n)``, if there are any.
+        beta: Scale of the rewards.
+    """
+    stats = policy.stats
+    assert stats is not None
+    cu_seqlens, lengths = batch["cu_seqlens"], batch["lengths"].double()
+    numbers = {"entropy": stats.entropy, "logits": stats.logit_mean, "top1": stats.top1}
+    if reference is not None:
+        # An estimate of KL(policy || reference) of low variance, never negative (Schulman's k3).
+        gap = (reference.view(-1, reference.shape[-1])[0] - policy.logps).clamp(max=20.0)
+        numbers["kl"] = gap.expm1() - gap
+    summed = {
+        name: segment_sum(x.to(policy.logps.dtype), cu_seqlens) for name, x in numbers.items()
+    }
+    if isinstance(examples, UnpairedLogps):
+        return _unpaired_rows(examples, lengths, summed, beta)
+    return _pair_rows(examples, batch, lengths, summed, beta)
+
+
+def _pair_rows(
+    pairs: PairLogps, batch: Batch, lengths: Tensor, summed: Mapping[str, Tensor], beta: float
+) -> Rows:
+    chosen, rejected = batch["pairs"].unbind(1)
+    rewards_chosen = beta * _ratio(pairs.chosen, pairs.ref_chosen)
+    rewards_rejected = beta * _ratio(pairs.rejected, pairs.ref_rejected)
+    one = torch.ones_like(lengths[chosen])
+    both = lengths[chosen] + lengths[rejected]
+    rows = {
+        "entropy": (summed["entropy"][chosen] + summed["entropy"][rejected], both),
+        "logits/chosen": (summed["logits"][chosen], lengths[chosen]),
+        "logits/rejected": (summed["logits"][rejected], lengths[rejected]),
+        "mean_token_accuracy": (summed["top1"][chosen], lengths[chosen]),
+        "rewards/chosen": (rewards_chosen, one),
+        "rewards/rejected": (rewards_rejected, one),
+        "rewards/accuracies": ((rewards_chosen > rewards_rejected).double(), one),
+        "rewards/margins": (rewards_chosen - rewards_rejected, one),
+        "logps/chosen": (pairs.chosen, one),
+        "logps/rejected": (pairs.rejected, one),
+        "len/chosen": (lengths[chosen], one),
+        "len/rejected": (lengths[rejected], one),
+    }
+    if "kl" in summed:
+        rows["kl"] = (summed["kl"][chosen] + summed["kl"][rejected], both)
+    return rows
+
+
+def _unpaired_rows(
+    singles: UnpairedLogps, lengths: Tensor, summed: Mapping[str, Tensor], beta: float
+) -> Rows:
+    size = singles.logps.shape[0]
+    lengths = lengths[:size]
+    rewards = beta * _ratio(singles.logps, singles.ref_logps)
+    rows = {"entropy": (summed["entropy"][:size], lengths)}
+    for side, good in (("chosen", singles.labels), ("rejected", ~singles.labels)):
+        share = good.double()
+        rows |= {
+            f"rewards/{side}": (rewards * share, share),
+            f"logps/{side}": (singles.logps * share, share),
+            f"logits/{side}": (summed["logits"][:size] * share, lengths * share),
+            f"len/{side}": (lengths * share, share),
+        }
+    good = singles.labels.double()
+    rows["mean_token_accuracy"] = (summed["top1"][:size] * good, lengths * good)
+    if singles.kl_logps is not None:
+        point = _ratio(singles.kl_logps, singles.ref_kl_logps).mean().clamp(min=0)
+        rows["kl"] = (point.expand(size), torch.ones_like(lengths))
+    return rows
+
+
+def _ratio(logps: Tensor, ref: Tensor | None) -> Tensor:
+    """Log-ratio to the reference, of several to the first, of none to 0."""
+    return logps if ref is None else logps - ref.view(-1, ref.shape[-1])[0]
+
+
+class Meter:
+    """Running sums of the metrics of many batches, in one tensor on the device."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._keys: list[str] = []
+        self._totals: Tensor | None = None
+        self._examples, self._tokens = 0, 0
+        self.tokens_seen = 0
+        """Tokens of all batches of the run that were read back, over all ranks."""
+        self._since = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, rows: Rows, tokens: int = 0, counts: Tensor | None = None) -> None:
+        """Add a batch; no host sync.
+
+        Args:
+            rows: Of :func:`example_rows`.
+            tokens: Tokens in it.
+            counts: Bool, ``(B,)``: the examples that count; None: all.
+        """
+        pairs = list(rows.values())
+        stacked = torch.stack([x.double() for x, _ in pairs] + [n.double() for _, n in pairs])
+        if counts is not None:
+            stacked = stacked.where(counts, 0.0)
+        total = stacked.sum(1)
+        self._keys = list(rows)
+        self._totals = total if self._totals is None else self._totals + total
+        self._examples += stacked.shape[1]
+        self._tokens += tokens
+
+    def read(
+        self, reduce: Callable[[Tensor], Tensor] | None = None, rates: bool = True
+    ) -> dict[str, float]:
+        """The means since the last call, by key; one host sync, and the sums start anew.
+
+        Args:
+            reduce: Sums a tensor over ranks; None: one rank.
+            rates: Also tokens and examples a second, and peak memory.
+        """
+        if self._totals is None:
+            return {}
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        host = self._totals.new_tensor([self._examples, self._tokens])
+        packed = torch.cat([self._totals, host])
+        *numbers, examples, tokens = (packed if reduce is None else reduce(packed)).tolist()
+        size = len(self._keys)
+        sums = dict(zip(self._keys, numbers[:size], strict=True))
+        shares = dict(zip(self._keys, numbers[size:], strict=True))
+        result = {key: sums[key] / shares[key] for key in self._keys if shares[key]}
+        if {"rewards/chosen", "rewards/rejected"} <= result.keys():
+            margin = result["rewards/chosen"] - result["rewards/rejected"]
+            result.setdefault("rewards/margins", margin)
+        self.tokens_seen += int(tokens)
+        result["num_tokens"] = float(self.tokens_seen)
+        if rates:
+            result |= {
+                "time/tokens_per_second": tokens / seconds,
+                "time/pairs_per_second": examples / seconds,
+                "mem/peak_bytes": float(peak_memory(packed.device)),
+            }
+        self._totals, self._examples, self._tokens = None, 0, 0
+        self._since = time.perf_counter()
+        return result
+
+    def restart(self) -> None:
+        """Start the clock of the rates."""
+        self._since = time.perf_counter()
+
+    def skip(self, seconds: float) -> None:
+        """Leave time out of the rates: an evaluation, a checkpoint."""
+        self._since += seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to save; a host sync."""
+        return {
+            "keys": self._keys,
+            "totals": None if self._totals is None else self._totals.tolist(),
+            "examples": self._examples,
+            "tokens": self._tokens,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from a saved state."""
+        self._keys, totals = list(state["keys"]), state["totals"]
+        self._totals = (
+            None if totals is None else torch.tensor(totals, dtype=torch.float64, device=device)
+        )
+        self._examples, self._tokens = state["examples"], state["tokens"]
+        self.tokens_seen = state["tokens_seen"]
+        self._since = time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsFile:
+    """``metrics.jsonl``: a line for each log, on disk at once, no step twice.
+
+    Args:
+        path: Of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, step: int) -> None:
+        """Prepare for a run that goes on after ``step``; 0 is a new run, an old file is set aside.
+
+        What an interrupted run wrote after its checkpoint, and a line cut short, are taken out: the
+        resumed run writes them again.
+        """
+        if not self.path.exists():
+            return
+        if step == 0:
+            taken = sum(1 for _ in self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}"))
+            self.path.rename(self.path.with_suffix(f".{taken + 1}{self.path.suffix}"))
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record.get("step", 0) <= step and "train_runtime" not in record:
+                kept.append(line + "\n")
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

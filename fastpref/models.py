@@ -1,0 +1,78 @@
+"""Models by name, as a trainer wants them: dtype, adapters, dropout."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpref.config import native_bf16
+
+logger = logging.getLogger("fastpref")
+
+
+def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) -> Any:
+    """A causal language model by name or path; safetensors and no remote code unless asked.
+
+    Args:
+        name: As for ``from_pretrained``.
+        args: A :class:`fastpref.PreferenceConfig`; its ``model_init_kwargs`` go first.
+        frozen: The weights will not train, so bf16 is enough where the device has it. Weights that
+            train are fp32: at usual learning rates bf16 rounds their updates away.
+        **options: More arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: ``quantization_config`` is given twice.
+    """
+    from transformers import AutoModelForCausalLM
+
+    given = dict(args.model_init_kwargs or {})
+    if given.get("quantization_config") is not None and options.get("quantization_config"):
+        raise ValueError(
+            "quantization_config is given to the trainer and in model_init_kwargs; give it once"
+        )
+    dtype = given.get("dtype", torch.bfloat16 if frozen and native_bf16() else torch.float32)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
+    kwargs = {**defaults, **{k: v for k, v in options.items() if v is not None}, **given}
+    return AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "dtype": dtype})
+
+
+def add_adapter(model: Any, peft_config: Any) -> Any:
+    """The model under a fresh PEFT adapter.
+
+    Raises:
+        TypeError: ``peft_config`` is no PEFT config.
+        ValueError: the model has an adapter already, or the method changes the prompt.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: expected a peft.PeftConfig such as LoraConfig, got "
+            f"{type(peft_config).__name__}"
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "the model has an adapter already and peft_config asks for another: pass the model "
+            "alone, or merge its adapter first with merge_and_unload()"
+        )
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: {type(peft_config).__name__} puts tokens before the prompt, which packed "
+            "rows do not have; use LoRA"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "attn_pdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,270 @@
+"""From per-token log-probabilities to what the losses take: their options, where each of their
+needs is met, and the sums per response.
+
+This file knows configs, batches and losses; not models, trainers or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import losses
+from fastpref.batches import RESPONSES
+from fastpref.losses import Packed, PairLogps, UnpairedLogps
+from fastpref.losses.batch import BATCHES
+from fastpref.losses.combine import Combined
+from fastpref.ops import segment_sum
+from fastpref.policy import Batch, ResponseLogps
+
+REF_COLUMNS = {"pair": ("ref_chosen_logps", "ref_rejected_logps"), "unpaired": ("ref_logps",)}
+"""Columns that stand in for a reference, with sums."""
+FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched"})
+"""Needs that the policy's own forward meets."""
+FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens"})
+"""Needs that the reference meets."""
+FROM_COLUMNS: dict[str, dict[str, dict[str, str]]] = {
+    "pair": {
+        "scores": {"chosen_scores": "chosen_score", "rejected_scores": "rejected_score"},
+        "margins": {name: name for name in ("chosen_margins", "rejected_margins")},
+        "prior": {name: name for name in ("prior_chosen", "prior_rejected")},
+        "aux": {name: name for name in ("chosen_aux", "rejected_aux", "values")},
+        "third": {"third": "third_ids"},
+    },
+    "unpaired": {
+        "scores": {"scores": "score"},
+        "values": {"values": "values"},
+        "aux": {"aux": "aux", "values": "values"},
+    },
+}
+"""Needs that dataset columns meet: the field of each column, by kind and need."""
+
+_DIVERGENCES = {
+    "reverse_kl": None,
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
+
+
+def make_losses(args: Any) -> Combined:
+    """The weighted sum of losses that a :class:`fastpref.PreferenceConfig` asks for.
+
+    An option of the config goes to every loss that has it; ``loss_args`` goes first.
+
+    Raises:
+        ValueError: An option has no effect on any of the losses, losses are mixed that cannot be
+            added, or a hyper-parameter is out of range.
+        TypeError: A loss has no such hyper-parameter.
+    """
+    names, own = list(args.loss_type), dict(args.loss_args or {})
+    if args.f_divergence_type not in _DIVERGENCES:
+        raise ValueError(
+            f"f_divergence_type={args.f_divergence_type!r}: expected one of {list(_DIVERGENCES)}"
+        )
+    divergence = _DIVERGENCES[args.f_divergence_type]
+    options = {
+        "label_smoothing": ("label_smoothing", args.label_smoothing),
+        "f_divergence_type": ("f_divergence", divergence),
+        "f_alpha_divergence_coef": (
+            "f_alpha",
+            args.f_alpha_divergence_coef if divergence == "alpha" else None,
+        ),
+        "use_weighting": ("weighting", "wpo" if args.use_weighting else None),
+        "discopop_tau": ("tau", args.discopop_tau),
+        "nll_reduction": ("nll_reduction", args.nll_reduction),
+        "nll_scope": ("nll_scope", args.nll_scope),
+    }
+    if len(names) == 1 and not set(own) <= set(names):
+        own = {names[0]: own}
+    by_name = {name: dict(own.pop(name, {})) for name in names}
+    for option, (keyword, value) in options.items():
+        if value is None:
+            continue
+        takers = [name for name in names if keyword in losses.get(name).entry.defaults]
+        if option == "discopop_tau":
+            takers = [name for name in takers if losses.get(name).entry.name == "discopop"]
+        # A preset's own default, such as TRL's label_smoothing=0.0, is not a wish.
+        if not takers and value and not option.startswith("nll_"):
+            raise ValueError(
+                f"{option}={getattr(args, option)!r} has no effect on {', '.join(names)}: drop it, "
+                "or choose a loss that takes it"
+            )
+        for name in takers:
+            by_name[name].setdefault(keyword, value)
+    combined = losses.combine(names, args.loss_weights, {**by_name, **own}, args.beta)
+    if combined.kind not in RESPONSES:
+        raise ValueError(
+            f"loss_type: {combined.names[0]!r} takes groups of responses, the trainer has pairs or "
+            "single responses"
+        )
+    return combined
+
+
+def check_needs(combined: Combined, columns: Collection[str], references: int) -> None:
+    """Raise ``ValueError`` unless everything the losses need is provided.
+
+    Args:
+        combined: Of :func:`make_losses`.
+        columns: Of the tokenised dataset.
+        references: Number of reference policies.
+    """
+    known = FROM_COLUMNS[combined.kind]
+    for word in sorted(combined.needs):
+        missing = [name for name in known.get(word, {}).values() if name not in columns]
+        if word in FROM_FORWARD or (word in known and not missing):
+            continue
+        if word in FROM_REFERENCE and references >= (2 if word == "refs" else 1):
+            continue
+        asking = " and ".join(name for name in combined.names if _needs(name, word)) or "the loss"
+        fields = ", ".join(BATCHES[combined.kind].fields[word])
+        if missing:
+            end = f" The dataset has no column {missing[0]!r}."
+        elif word in FROM_REFERENCE:
+            end = " The run has none."
+        else:
+            end = (
+                " The trainer does not compute that yet; the loss can be called from your own loop."
+            )
+        raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}.{end}")
+
+
+def _needs(name: str, word: str) -> bool:
+    return word in losses.get(name).entry.needs
+
+
+def make_examples(
+    combined: Combined,
+    batch: Batch,
+    policy: ResponseLogps,
+    reference: Tensor | None,
+    ld_alpha: float | None = None,
+) -> PairLogps | UnpairedLogps:
+    """A batch as the losses take it: sums per response, and what else they need.
+
+    Args:
+        combined: The losses.
+        batch: Of the collator.
+        policy: Log-probabilities of its response tokens.
+        reference: The reference's, ``(n,)``, of several ``(K, n)``; None where the batch holds
+            sums, or there is no reference.
+        ld_alpha: Weight of the tokens beyond the shorter response's length (pairs); None: 1.
+
+    Returns:
+        The examples, differentiable in the policy's log-probabilities.
+    """
+    weights = None if ld_alpha is None or "pairs" not in batch else ld_weights(batch, ld_alpha)
+    sums = _sums(policy.logps, batch, weights)
+    ref = None if reference is None else _sums(reference, batch, weights)
+    if combined.kind == "unpaired":
+        given = _unpaired(batch, sums, ref)
+    else:
+        given = _pairs(batch, sums, ref)
+        if "tokens" in combined.needs:
+            given |= _packed("{}_tokens", policy.logps, batch)
+        if "ref_tokens" in combined.needs and reference is not None:
+            given |= _packed("ref_{}_tokens", reference, batch)
+        if "log_sum_sq" in combined.needs and policy.stats is not None:
+            total = segment_sum(policy.stats.log_sum_sq_probs, batch["cu_seqlens"])
+            mean = total / batch["lengths"].clamp(min=1)
+            chosen, rejected = mean[batch["pairs"]].unbind(1)
+            given |= {"chosen_log_sum_sq": chosen, "rejected_log_sum_sq": rejected}
+    for word, fields in FROM_COLUMNS[combined.kind].items():
+        if word in combined.needs and word != "third":
+            # (B, K), a list for each example, becomes (K, B).
+            values = {field: batch[column] for field, column in fields.items()}
+            given |= {field: v.mT if v.dim() > 1 else v for field, v in values.items()}
+    return BATCHES[combined.kind](**given, weights=batch.get("weight"))  # type: ignore[return-value]
+
+
+def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
+    chosen, rejected = batch["pairs"].unbind(1)
+    given = {
+        "chosen": sums[chosen],
+        "rejected": sums[rejected],
+        "chosen_lengths": batch["lengths"][chosen],
+        "rejected_lengths": batch["lengths"][rejected],
+    }
+    if ref is not None:
+        given |= {"ref_chosen": ref[..., chosen], "ref_rejected": ref[..., rejected]}
+    elif REF_COLUMNS["pair"][0] in batch:
+        stored = {
+            name: batch[name] for name in (*REF_COLUMNS["pair"], "ref_third_logps") if name in batch
+        }
+        given |= {name.removesuffix("_logps"): value for name, value in stored.items()}
+    if "third" in batch:
+        third = batch["third"]
+        given |= {"third": sums[third], "third_lengths": batch["lengths"][third]}
+        given |= {} if ref is None else {"ref_third": ref[..., third]}
+    return given
+
+
+def _unpaired(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
+    size = batch["label"].shape[0]
+    given = {
+        "logps": sums[:size],
+        "lengths": batch["lengths"][:size],
+        "labels": batch["label"],
+    }
+    if ref is not None:
+        given["ref_logps"] = ref[..., :size]
+    elif "ref_logps" in batch:
+        given["ref_logps"] = batch["ref_logps"]
+    if "mismatched" in batch and not len(batch["mismatched"]):
+        # One prompt in the whole batch: no response is mismatched, and KTO's reference point is 0.
+        given |= {"kl_logps": sums.new_zeros(1), "ref_kl_logps": sums.new_zeros(1)}
+    elif "mismatched" in batch:
+        given["kl_logps"] = sums[batch["mismatched"]].detach()
+        if ref is not None:
+            given["ref_kl_logps"] = ref[..., batch["mismatched"]]
+    return given
+
+
+def ld_weights(batch: Batch, alpha: float) -> Tensor:
+    """1 for the tokens within the shorter response's length, ``alpha`` for those beyond it.
+
+    Args:
+        batch: Of pairs.
+        alpha: In [0, 1].
+
+    Returns:
+        Shape ``(n,)``, fp32.
+
+    Source: Liu et al. 2024, arXiv:2409.06411 (LD-DPO).
+    """
+    cu_seqlens = batch["cu_seqlens"].long()
+    spans = cu_seqlens.diff()
+    shared = spans.clone()
+    shared[batch["pairs"]] = spans[batch["pairs"]].amin(1, keepdim=True).expand(-1, 2)
+    token = torch.arange(batch["response_targets"].shape[0], device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return torch.where(token - cu_seqlens[sequence] < shared[sequence], 1.0, alpha)
+
+
+def _sums(logps: Tensor, batch: Batch, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        logps = logps * weights.to(logps.dtype)
+    rows = [segment_sum(row, batch["cu_seqlens"]) for row in logps.view(-1, logps.shape[-1])]
+    return torch.stack(rows) if logps.dim() > 1 else rows[0]
+
+
+def _packed(name: str, logps: Tensor, batch: Batch) -> dict[str, Packed]:
+    """Per-token log-probabilities of chosen and rejected responses, which lie end to end."""
+    size = batch["pairs"].shape[0]
+    bounds = batch["cu_seqlens"].unfold(0, size + 1, size)
+    parts = logps.split(batch["response_tokens"], dim=-1)
+    sides = zip(RESPONSES["pair"][:2], parts, bounds, strict=False)
+    return {name.format(side): Packed(values, cu - cu[0]) for side, values, cu in sides}
+
+
+def likelihood_tokens(batch: Batch) -> Mapping[str, Tensor]:
+    """Tokens that likelihood terms of a batch are taken over, by the losses' keyword for them."""
+    if "pairs" not in batch:
+        return {}
+    found = {"tokens_per_pair": batch["lengths"][batch["pairs"][:, 0]].sum()}
+    if "third" in batch:
+        found["third_tokens_per_pair"] = batch["lengths"][batch["third"]].sum()
+    return found

@@ -1,0 +1,378 @@
+"""The systems that ``fastpref bench`` sets side by side: this package, the floor, and its peers.
+
+A peer is an optional import, called through its public entry point and never copied. One that
+cannot run on a device says why, so that a table never drops a system in silence. Other packages add
+systems by the entry point group ``fastpref.bench`` or by ``--plugin module:function``: a function
+that takes nothing and returns a list of :class:`System`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref import backends, linear, ops
+from fastpref.costs import SCHEDULES
+
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: what is given to every system."""
+
+    hidden: Tensor
+    """``(N, H)``; requires a gradient unless the schedule is ``none``."""
+    weight: Tensor
+    """``(V, H)``; requires a gradient where the head is trained."""
+    targets: Tensor
+    """``(N,)`` int64."""
+    upstream: Tensor
+    """``(N,)`` fp32: gradient that arrives at the per-token log-probabilities."""
+    schedule: str
+    softcap: float | None = None
+    budget: int | None = None
+    """``memory_budget`` of the op."""
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.hidden.device.type
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that are differentiated."""
+        return [x for x in (self.hidden, self.weight) if x.requires_grad]
+
+
+OPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logprobs": lambda logps: logps,
+    "cross_entropy": lambda logps: -logps.sum(),
+    "dpo": lambda logps: reference_free_dpo(logps),
+}
+"""What a system computes, from the per-token log-probabilities. ``logprobs`` takes any upstream
+gradient per token; the others are scalars, which some peers offer only."""
+
+
+def pairs_of(rows: int) -> int:
+    """Preference pairs that ``rows`` rows hold in op ``dpo``: responses of 512 tokens, at least one
+    pair."""
+    return max(1, rows // 1024)
+
+
+def reference_free_dpo(logps: Tensor) -> Tensor:
+    """Mean DPO loss, references 0, of pairs whose chosen responses fill the first half of the rows."""
+    chosen, rejected = logps.view(2, pairs_of(logps.numel()), -1).sum(-1)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A system, ready to run on a case: two closures, timed apart."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], tuple[Tensor, ...]]
+
+
+def _runs(case: Case) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class System:
+    """Something to measure."""
+
+    name: str
+    op: str
+    start: Callable[[Case], Passes]
+    """Prepares the passes; whatever it does once is not timed."""
+    why_not: Callable[[Case], str] = _runs
+    """Why the system cannot run on a case; empty if it can."""
+    package: str = ""
+    """Distribution whose version belongs into the row, besides torch and this one."""
+    schedules: tuple[str, ...] = field(default=SCHEDULES[:3])
+    """Schedules that it is measured in; a peer knows no memory budget of 0."""
+
+
+def differentiable(case: Case, function: Callable[[Tensor, Tensor], Tensor]) -> Passes:
+    """Passes of ``function(hidden, weight)`` through autograd; it returns log-probs or a scalar."""
+    inputs = case.inputs
+
+    def forward() -> Tensor:
+        with torch.set_grad_enabled(bool(inputs)):
+            return function(case.hidden, case.weight)
+
+    def backward(output: Tensor) -> tuple[Tensor, ...]:
+        if not inputs:
+            return ()
+        grad = case.upstream.to(output.dtype) if output.dim() else torch.ones_like(output)
+        return torch.autograd.grad(output, inputs, grad)
+
+    return Passes(forward, backward)
+
+
+def _fastpref(backend: str, op: str = "logprobs") -> System:
+    def start(case: Case) -> Passes:
+        budget = 0 if case.schedule == "recompute" else case.budget
+
+        def function(hidden: Tensor, weight: Tensor) -> Tensor:
+            logps = ops.linear_logprobs(
+                *(hidden, weight, case.targets),
+                softcap=case.softcap,
+                backend=backend,
+                memory_budget=budget,
+            )
+            assert isinstance(logps, Tensor)
+            return OPS[op](logps)
+
+        return differentiable(case, function)
+
+    def why_not(case: Case) -> str:
+        try:
+            backends.resolve(backend, case.device, case.hidden.dtype)
+        except RuntimeError as error:
+            return str(error)
+        return _uneven(case) if op == "dpo" else ""
+
+    return System(f"fastpref[{backend}]", op, start, why_not, schedules=SCHEDULES)
+
+
+def _uneven(case: Case) -> str:
+    rows = case.targets.numel()
+    return "needs rows that make whole pairs" if rows % (2 * pairs_of(rows)) else ""
+
+
+def _gemms(case: Case) -> Passes:
+    """The floor: the matrix products of the schedule and nothing else, tile by tile, into buffers
+    that are reused. Operands are in the dtype in which this package multiplies."""
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    n, v = hidden.shape[0], weight.shape[0]
+    p = linear.plan_for(hidden, weight, 0 if case.schedule == "recompute" else case.budget)
+    wide = linear.compute_dtype(hidden.dtype)
+    on_gpu = case.device == "cuda" and hidden.dtype != wide
+    low = hidden.dtype if on_gpu else wide
+    hidden, weight = hidden.to(low), weight.to(low)
+    trained = case.schedule in ("trainable", "recompute")
+    kept_tiles = p.kept_tiles if trained else 0
+    z = hidden.new_zeros((min(p.rows, n), min(p.tile, v)), dtype=wide)
+    e = torch.zeros_like(z, dtype=low) if on_gpu else z
+    kept = hidden.new_zeros(n * min(kept_tiles * p.tile, v)).fill_(0.5)
+    acc = torch.zeros_like(hidden, dtype=wide)
+    dweight = torch.zeros_like(weight, dtype=wide if trained else low) if trained else weight
+
+    def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+        if on_gpu and accumulate:
+            torch.addmm(out, a, b, out_dtype=wide, out=out)
+        elif on_gpu:
+            torch.mm(a, b, out_dtype=wide, out=out)
+        elif accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+
+    def tile_of(buffer: Tensor, r0: int, r1: int, v0: int, v1: int) -> Tensor:
+        return buffer.view(-1)[: (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
+
+    def kept_of(r0: int, r1: int, v0: int, v1: int) -> Tensor:
+        start = r0 * min(kept_tiles * p.tile, v) + (r1 - r0) * v0
+        return kept[start : start + (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
+
+    def forward() -> None:
+        for r0, r1 in p.chunks(n):
+            for t, (v0, v1) in enumerate(p.tiles(v)):
+                where = (r0, r1, v0, v1)
+                operand = kept_of(*where) if t < kept_tiles else tile_of(e, *where)
+                product = tile_of(z, *where) if on_gpu or t >= kept_tiles else operand
+                mm(product, hidden[r0:r1], weight[v0:v1].t(), False)
+                if case.schedule != "none":
+                    mm(acc[r0:r1], operand, weight[v0:v1], t > 0)
+
+    def backward(_: Any) -> tuple[Tensor, ...]:
+        for t, (v0, v1) in enumerate(p.tiles(v) if trained else []):
+            for r0, r1 in p.chunks(n):
+                where = (r0, r1, v0, v1)
+                if t >= kept_tiles:
+                    mm(tile_of(z, *where), hidden[r0:r1], weight[v0:v1].t(), False)
+                operand = kept_of(*where) if t < kept_tiles else tile_of(e, *where)
+                mm(dweight[v0:v1], operand.t(), hidden[r0:r1], r0 > 0)
+        return ()
+
+    return Passes(forward, backward)
+
+
+def _materialised(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a model's own head and a trainer do: logits in the inputs' dtype, softmax in fp32."""
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight)
+        if case.softcap is not None:
+            logits = case.softcap * torch.tanh(logits / case.softcap)
+        return -F.cross_entropy(logits.float(), case.targets, reduction="none")
+
+    return function
+
+
+def _compiled(case: Case) -> Passes:
+    torch._dynamo.reset()
+    return differentiable(case, torch.compile(_materialised(case), dynamic=False))
+
+
+def _torch_chunked(op: str) -> Callable[[Case], Passes]:
+    def start(case: Case) -> Passes:
+        options = torch.nn.LinearCrossEntropyOptions()
+        reduction, sign = ("none", -1.0) if op == "logprobs" else ("sum", 1.0)
+
+        def function(hidden: Tensor, weight: Tensor) -> Tensor:
+            loss = F.linear_cross_entropy(
+                hidden, weight, case.targets, reduction=reduction, options=options
+            )
+            return sign * loss
+
+        return differentiable(case, function)
+
+    return start
+
+
+def _trl(case: Case) -> Passes:
+    kernels = importlib.import_module("trl.kernels")
+    tile = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        # log-probabilities alone: its trainers ask for entropy, mean logit and top-1 on top
+        arguments = (hidden, weight, None, case.targets, 1.0, tile, case.softcap, 1.0, ())
+        logps: Tensor = kernels.ChunkedLogProbFunction.apply(*arguments)[0]
+        return logps
+
+    return differentiable(case, function)
+
+
+def _liger(case: Case) -> Passes:
+    liger = importlib.import_module("liger_kernel.transformers.functional")
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss: Tensor = liger.liger_fused_linear_cross_entropy(
+            hidden, weight, case.targets, reduction="none", softcap=case.softcap
+        )
+        return -loss
+
+    return differentiable(case, function)
+
+
+def _liger_dpo(case: Case) -> Passes:
+    liger = importlib.import_module("liger_kernel.chunked_loss")
+    loss = liger.LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    sequences = 2 * pairs_of(case.targets.numel())
+    targets = case.targets.view(sequences, -1)
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = loss(weight, hidden.view(sequences, -1, hidden.shape[1]), targets)[0]
+        return value
+
+    return differentiable(case, function)
+
+
+def _cce(case: Case) -> Passes:
+    cce = importlib.import_module("cut_cross_entropy")
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss: Tensor = cce.linear_cross_entropy(
+            hidden, weight, case.targets, softcap=case.softcap, reduction="none", impl="cce"
+        )
+        return -loss
+
+    return differentiable(case, function)
+
+
+def _quack(case: Case) -> Passes:
+    quack = importlib.import_module("quack.linear_cross_entropy")
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss: Tensor = quack.chunked_linear_cross_entropy(
+            hidden, weight, case.targets, reduction="sum"
+        )
+        return loss
+
+    return differentiable(case, function)
+
+
+def _needs(
+    module: str, *, gpu: bool = False, low: bool = False, softcap: bool = True, even: bool = False
+) -> Callable[[Case], str]:
+    """A ``why_not``: the module must be there; and what a peer asks of device, dtype and shape."""
+
+    def why_not(case: Case) -> str:
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            return f"{module.partition('.')[0]} is not installed"
+        if gpu and case.device != "cuda":
+            return "needs a CUDA device"
+        if low and case.hidden.dtype == torch.float32:
+            return "needs bf16 or fp16"
+        if not softcap and case.softcap is not None:
+            return "has no softcap"
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a peer's import may fail in any way it likes
+            return f"does not import: {type(error).__name__}: {error}"
+        return _uneven(case) if even else ""
+
+    return why_not
+
+
+def _plain(op: str) -> Callable[[Case], Passes]:
+    def start(case: Case) -> Passes:
+        function = _materialised(case)
+        return differentiable(case, lambda hidden, weight: OPS[op](function(hidden, weight)))
+
+    return start
+
+
+def systems(plugins: list[str] | None = None) -> list[System]:
+    """Every system there is to measure, whether it can run here or not.
+
+    Args:
+        plugins: ``"module:function"`` of further systems, besides the installed entry points.
+    """
+    no_cap = _needs("torch", softcap=False)
+    found = [
+        System("gemms", "gemms", _gemms, schedules=SCHEDULES),
+        *(_fastpref(backend) for backend in backends.NAMES),
+        System("torch", "logprobs", _plain("logprobs"), schedules=SCHEDULES),
+        System("torch.compile", "logprobs", _compiled),
+        System("torch.linear_cross_entropy", "logprobs", _torch_chunked("logprobs"), no_cap),
+        System("trl", "logprobs", _trl, _needs("trl.kernels"), "trl"),
+        System("liger", "logprobs", _liger, _needs("liger_kernel.ops", gpu=True), "liger-kernel"),
+        System(
+            *("cut-cross-entropy", "logprobs", _cce),
+            _needs("cut_cross_entropy", gpu=True, low=True),
+            "cut-cross-entropy",
+        ),
+        System("torch.linear_cross_entropy", "cross_entropy", _torch_chunked("sum"), no_cap),
+        System(
+            *("quack", "cross_entropy", _quack),
+            _needs("quack.linear_cross_entropy", gpu=True, low=True, softcap=False),
+            "quack-kernels",
+        ),
+        _fastpref("auto", "dpo"),
+        System("torch", "dpo", _plain("dpo"), _uneven),
+        System(
+            *("liger", "dpo", _liger_dpo),
+            _needs("liger_kernel.chunked_loss", softcap=False, even=True),
+            "liger-kernel",
+        ),
+    ]
+    for entry in entry_points(group="fastpref.bench"):
+        found += entry.load()()
+    for plugin in plugins or []:
+        module, _, function = plugin.partition(":")
+        if not function:
+            raise ValueError(f"--plugin {plugin!r}: expected module:function")
+        found += getattr(importlib.import_module(module), function)()
+    return found

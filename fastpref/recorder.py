@@ -1,0 +1,103 @@
+"""What a run leaves beside checkpoints: ``metrics.jsonl``, ``config.yaml``, ``curves.png``."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastpref.plots import draw_curves, read_metrics
+
+
+class Recorder(TrainerCallback):
+    """Writes ``config.yaml`` when training begins; the trainer itself writes ``metrics.jsonl``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """A recorder; ``config`` is what ``config.yaml`` shall hold."""
+        self.config = config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write ``config.yaml``."""
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir or "")
+            directory.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True)
+            (directory / "config.yaml").write_text(text, encoding="utf-8")
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar with loss and margin beside it, instead of every metric in print."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the latest numbers."""
+        shown = {
+            name: f"{logs[key]:.4f}"
+            for name, key in (("loss", "loss"), ("margin", "rewards/margins"))
+            if logs and key in logs
+        }
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+def record(trainer: Trainer, config: dict[str, Any]) -> None:
+    """Give a trainer the recorder, with what ``config.yaml`` shall hold, and the quiet bar."""
+    trainer.add_callback(Recorder(config))
+    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+        trainer.add_callback(Progress())
+
+
+def draw_run(directory: Path, *rows: dict[str, Any]) -> None:
+    """Draw ``curves.png`` from the run's ``metrics.jsonl``, and from further rows."""
+    metrics = directory / "metrics.jsonl"
+    logged = read_metrics(metrics) if metrics.exists() else []
+    draw_curves([*logged, *rows], directory / "curves.png")
+
+
+def resolved(*options: Any) -> dict[str, Any]:
+    """The fields of dataclasses that can be given to them, as YAML can hold them.
+
+    Equals what ``fastpref train --config`` reads: the options of a run, defaults resolved.
+
+    Args:
+        options: Dataclass instances.
+
+    Returns:
+        Names and values; values without a plain form (open handles, objects) are left out.
+    """
+    found: dict[str, Any] = {}
+    for option in options:
+        for field in dataclasses.fields(option):
+            value = getattr(option, field.name)
+            value = value.value if isinstance(value, enum.Enum) else value
+            if field.init and _plain(value):
+                found[field.name] = value
+    return found
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_plain(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))

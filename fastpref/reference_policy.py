@@ -1,0 +1,317 @@
+"""The policy that does not train: adapters switched off, a frozen copy, several, stored, or none.
+
+Every kind answers one question: the log-probability of each response token of a batch. Scores are
+kept as dataset columns by token, so a cache on disk has only to provide the same columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.batches import RESPONSES, TOKEN_COLUMN
+from fastpref.models import load_model
+from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
+from fastpref.policy import Batch, causal_lm, evaluating, response_logps
+
+logger = logging.getLogger("fastpref")
+
+ADAPTER = "ref"
+"""Name of the frozen copy of a PEFT model's adapter."""
+
+
+class Reference:
+    """Base of the references; itself the one that a reference-free loss has: none at all."""
+
+    is_start = False
+    """It is the policy as it was when the run began: before the first step every margin is 0."""
+    count = 0
+    """Number of references."""
+    models: Sequence[nn.Module] = ()
+    """Models of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
+        """Log-probability of each response token; ``(n,)``, several references ``(K, n)``.
+
+        Args:
+            policy: The model that trains, as wrapped for training.
+            batch: On the policy's device.
+
+        Returns:
+            fp32, no gradient; None where the batch holds no more than sums, or nothing.
+        """
+        return None
+
+    @torch.no_grad()
+    def _score(self, model: nn.Module, batch: Batch) -> Tensor:
+        with evaluating(model):
+            return response_logps(model, batch, **self.options).logps
+
+
+class Zero(Reference):
+    """A reference that finds every response equally likely: log-probability 0."""
+
+    count = 1
+
+    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(batch["response_targets"], dtype=torch.float32)
+
+
+class Stored(Reference):
+    """Numbers that come with the data: per token where they were computed here, else sums.
+
+    Args:
+        count: Number of references in them.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        super().__init__()
+        self.count = count
+
+    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
+        """The batch's ``ref_logps``, if it has them."""
+        logps: Tensor | None = batch.get("ref_logps")
+        return logps
+
+
+class AdapterOff(Reference):
+    """The policy's own weights under its adapters, or under its adapters as they were at the start.
+
+    Args:
+        adapter: Name of the adapter to use instead; None switches all off.
+        **options: ``backend`` and ``memory_budget`` of the head.
+    """
+
+    is_start = True
+    count = 1
+
+    def __init__(self, adapter: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.adapter = adapter
+
+    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """One forward of the policy with the adapters switched."""
+        with _adapters(peft_model(policy), self.adapter):
+            return self._score(policy, batch)
+
+
+class Frozen(Reference):
+    """Models of their own, which never train.
+
+    Args:
+        models: One, or several with the base first.
+        is_start: The only one is a copy of the policy.
+        **options: ``backend`` and ``memory_budget`` of the head.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], *, is_start: bool = False, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.models = [model.requires_grad_(False).eval() for model in models]
+        self.is_start, self.count = is_start, len(models)
+
+    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """A forward of each."""
+        logps = [self._score(model, batch) for model in self.models]
+        return logps[0] if len(logps) == 1 else torch.stack(logps)
+
+    @torch.no_grad()
+    def move_towards(self, policy: nn.Module, share: float) -> None:
+        """Replace each weight ``w`` by ``share * policy's w + (1 - share) * w`` (TR-DPO)."""
+        sources = dict(policy.named_parameters())
+        for name, weight in self.models[0].named_parameters():
+            weight.lerp_(sources[name].to(weight.dtype), share)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights of a reference that moves."""
+        from safetensors.torch import save_model
+
+        save_model(self.models[0], str(folder / "reference.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        """Read back what :meth:`save` wrote."""
+        from safetensors.torch import load_model
+
+        load_model(self.models[0], str(folder / "reference.safetensors"))
+
+
+def frozen_copy(model: nn.Module, **options: Any) -> Frozen:
+    """A deep copy of the model as it is now: never a reload by name, which may be another model."""
+    return Frozen([copy.deepcopy(model)], is_start=True, **options)
+
+
+def peft_model(model: nn.Module) -> nn.Module | None:
+    """The PEFT model inside its wrappers, or None."""
+    while not hasattr(model, "get_base_model"):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+@contextmanager
+def _adapters(model: Any, adapter: str | None) -> Iterator[None]:
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    active = model.active_adapter
+    model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+
+
+def keep_start_adapter(model: Any) -> str:
+    """Copy the active adapter of a PEFT model into a frozen one, and return that one's name."""
+    active = model.active_adapter
+    model.add_adapter(ADAPTER, model.peft_config[active])
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parts = name.split(".")
+            if active in parts:
+                twin = ".".join(ADAPTER if part == active else part for part in parts)
+                weights[twin].copy_(weight)
+    model.set_adapter(active)
+    return ADAPTER
+
+
+def score_dataset(
+    reference: Reference,
+    policy: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Batch],
+    *,
+    batch_size: int,
+    accelerator: Any,
+    kind: str,
+    description: str,
+) -> Any:
+    """The dataset with the reference's log-probabilities as columns, ``TOKEN_COLUMN`` by name.
+
+    Args:
+        reference: Scores the responses.
+        policy: The model whose adapters it may switch.
+        dataset: A ``datasets.Dataset`` of token ids.
+        collator: As in training.
+        batch_size: Examples at a time on each rank.
+        accelerator: accelerate's; ranks share the work.
+        kind: ``"pair"`` or ``"unpaired"``.
+        description: Caption of the progress bar.
+
+    Returns:
+        A dataset with the same rows and these columns more.
+    """
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+    from tqdm.auto import tqdm
+
+    responses = [name for name in RESPONSES[kind] if f"{name}_ids" in dataset.column_names]
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mine = range(rank, len(dataset), ranks)
+    found: list[tuple[int, list[list[float]]]] = []
+    for start in tqdm(
+        range(0, len(mine), batch_size),
+        desc=f"Reference log-probs, {description}",
+        disable=not accelerator.is_local_main_process,
+    ):
+        indices = list(mine[start : start + batch_size])
+        batch = collator([dataset[i] for i in indices])
+        bounds = batch["cu_seqlens"].tolist()
+        moved = {
+            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
+        with accelerator.autocast():
+            logps = reference.token_logps(policy, moved)
+        assert logps is not None
+        logps = logps.float().cpu().view(reference.count, -1)
+        spans = [logps[:, a:b].flatten().tolist() for a, b in pairwise(bounds)]
+        size = len(indices)
+        found += [
+            (index, [spans[r * size + i] for r in range(len(responses))])
+            for i, index in enumerate(indices)
+        ]
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    found.sort()
+    columns = {
+        TOKEN_COLUMN.format(name): [spans[r] for _, spans in found]
+        for r, name in enumerate(responses)
+    }
+    features = Features({name: List(Value("float32")) for name in columns})
+    return concatenate_datasets([dataset, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+def choose_reference(
+    model: Any, given: Any, args: Any, combined: Any, columns: Collection[str], fresh: bool
+) -> Reference:
+    """The reference that a trainer's arguments and data ask for.
+
+    Args:
+        model: The policy.
+        given: ``ref_model``: a model, a name, a list of them, or None.
+        args: A :class:`fastpref.PreferenceConfig`.
+        combined: The losses.
+        columns: Of the dataset as given.
+        fresh: The policy's adapter was added just now, so switching it off gives the start.
+
+    Raises:
+        ValueError: The reference is the policy itself, or cannot move as ``sync_ref_model`` asks.
+    """
+    given = args.ref_models if given is None else given
+    if args.reference_free and given is None:
+        return Zero()
+    if not combined.needs & FROM_REFERENCE:
+        if given is not None:
+            logger.warning(
+                "%s needs no reference: ref_model is not used", ", ".join(combined.names)
+            )
+        return Reference()
+    options = {"backend": args.backend, "memory_budget": args.head_memory_budget}
+    if given is not None:
+        several = isinstance(given, (list, tuple))
+        models = [
+            load_model(m, args, dtype=causal_lm(model).dtype) if isinstance(m, str) else m
+            for m in (given if several else [given])
+        ]
+        if any(m is model for m in models):
+            raise ValueError(
+                "ref_model is the model itself and would train with it; leave ref_model out to use "
+                "a copy of the model as it is now"
+            )
+        reference: Reference = Frozen(models, **options)
+    elif set(REF_COLUMNS[combined.kind]) <= set(columns):
+        logger.info("the reference's log-probs come from the dataset's columns")
+        reference = Stored()
+    elif hasattr(model, "peft_config"):
+        reference = AdapterOff(None if fresh else keep_start_adapter(model), **options)
+    else:
+        reference = frozen_copy(model, **options)
+    if args.sync_ref_model and len(reference.models) != 1:
+        raise ValueError(
+            "sync_ref_model moves one reference model of its own, and this run has none (adapters, "
+            "stored log-probs) or several: pass one ref_model, or set sync_ref_model=False"
+        )
+    if args.ld_alpha is not None and type(reference) is Stored:
+        raise ValueError(
+            "ld_alpha weighs the reference's tokens, and the dataset's ref_*_logps columns hold "
+            "sums: remove those columns"
+        )
+    return reference

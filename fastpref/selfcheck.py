@@ -1,0 +1,157 @@
+"""Before training: is what the fused head and the packed rows give what the model itself gives?
+
+Three comparisons on a few tokens of the first examples: the fused log-probabilities with those from
+the model's own logits, in fp32; packed rows with one sequence at a time; and, where the reference
+is the policy's own start, policy with reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.policy import Batch, causal_lm, evaluating, model_inputs, response_logps
+from fastpref.reference_policy import Reference
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 48, 16
+PACKED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03}
+"""Mean difference, nats, that another order of summation may make; else 0.15 (bf16)."""
+
+
+def shorten(example: Mapping[str, Any], responses: Sequence[str]) -> dict[str, Any]:
+    """The example with the end of its prompt and the beginning of its responses only."""
+    short = dict(example, prompt_ids=example["prompt_ids"][-PROMPT_TOKENS:])
+    for name in responses:
+        for column in (f"{name}_ids", f"{name}_mask"):
+            if column in short:
+                short[column] = short[column][:RESPONSE_TOKENS]
+    return short
+
+
+@torch.no_grad()
+def check_policy(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Batch],
+    responses: Sequence[str],
+    **options: Any,
+) -> None:
+    """Compare the fused log-probabilities of a few examples with the model's own.
+
+    Args:
+        model: As wrapped for training.
+        examples: Rows of token ids; short ones (:func:`shorten`).
+        collate: The collator, its batch moved to the model's device.
+        responses: Names of the responses, in the order of the batch's sequences.
+        **options: ``backend`` and ``memory_budget`` of the head.
+
+    Raises:
+        RuntimeError: They differ by more than rounding; the message shows both numbers.
+    """
+    batch = collate(list(examples))
+    targets = batch["response_targets"]
+    name = type(causal_lm(model)).__name__
+    with evaluating(model):
+        fused = response_logps(model, batch, **options).logps
+        logits = model(**model_inputs(model, batch)).logits
+        own = _gather(logits.flatten(0, -2)[batch["response_rows"]], targets)
+        one_by_one = [
+            _alone(model, e["prompt_ids"], e[f"{r}_ids"], batch)
+            for r in responses
+            for e in examples
+        ]
+    dtype, words = _dtype(logits), _Words(targets, fused)
+    allowed = 2e-4 + 2 * _epsilon(logits) * float(logits.abs().max())
+    difference = (fused - own).abs()
+    if not float(difference.max()) <= allowed:
+        raise RuntimeError(
+            f"self-check: the fused head does not give what {name} itself gives. "
+            f"{words(difference, own, 'from the model itself', 'fused')}; they may differ by "
+            f"{allowed:.6f} in {dtype}. Something between the last hidden state and the logits is "
+            "not a plain linear layer with a scale or a soft cap: a custom head, a hook, a patched "
+            "forward. Remove it, or train this model with another library; self_check=False only "
+            "silences this message."
+        )
+    # Mismatched responses, which come last, belong to no example of their own.
+    alone = torch.cat(one_by_one)
+    difference = (fused[: len(alone)] - alone).abs() * (targets[: len(alone)] >= 0)
+    allowed = PACKED_TOLERANCE.get(dtype, 0.15)
+    if not float(difference.mean()) <= allowed:
+        raise RuntimeError(
+            f"self-check: {name} gives other numbers to packed rows than to one sequence at a "
+            f"time. {words(difference, alone, 'alone', 'packed')}; the mean difference is "
+            f"{float(difference.mean()):.6f}, allowed {allowed:.6f} in {dtype}. Some of its layers "
+            "do not follow an attention mask or position ids (state space, linear attention, "
+            "ALiBi). Try attn_implementation='sdpa' or 'eager'; if it stays, such a model cannot "
+            "be trained on packed rows."
+        )
+
+
+class _Words:
+    """The token where two numbers differ most, in words."""
+
+    def __init__(self, targets: Tensor, ours: Tensor) -> None:
+        self.targets, self.ours = targets, ours
+
+    def __call__(self, difference: Tensor, theirs: Tensor, source: str, our_source: str) -> str:
+        worst = int(difference.nan_to_num(nan=torch.inf).argmax())
+        return (
+            f"Log-probability of token id {int(self.targets[worst])}: {float(theirs[worst]):.6f} "
+            f"{source}, {float(self.ours[worst]):.6f} {our_source}"
+        )
+
+
+def _alone(model: nn.Module, prompt: list[int], response: list[int], batch: Batch) -> Tensor:
+    """Log-probabilities of a response from an ordinary forward of its sequence."""
+    ids = torch.tensor([[*prompt, *response]], device=batch["input_ids"].device)
+    first = max(len(prompt), 1)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    return _gather(logits[first - 1 : -1], ids[0, first:])
+
+
+def _gather(logits: Tensor, targets: Tensor) -> Tensor:
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    found = logps.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return found.where(targets >= 0, 0.0)
+
+
+def _dtype(logits: Tensor) -> torch.dtype:
+    """The precision that logits were computed in."""
+    if logits.dtype == torch.float32 and torch.is_autocast_enabled(logits.device.type):
+        return torch.get_autocast_dtype(logits.device.type)
+    return logits.dtype
+
+
+def _epsilon(logits: Tensor) -> float:
+    epsilon = torch.finfo(_dtype(logits)).eps
+    tf32 = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return max(epsilon, 2.0**-10) if tf32 else epsilon
+
+
+@torch.no_grad()
+def check_reference(model: nn.Module, reference: Reference, batch: Batch, **options: Any) -> None:
+    """Compare policy and reference where they should be one: before the first step.
+
+    Raises:
+        RuntimeError: They differ; the message shows both numbers.
+    """
+    with evaluating(model):
+        policy = response_logps(model, batch, **options).logps
+    other = reference.token_logps(model, batch)
+    assert other is not None
+    difference = (policy - other).abs()
+    low = causal_lm(model).dtype in (torch.bfloat16, torch.float16)
+    low = low or torch.is_autocast_enabled(policy.device.type)
+    allowed = 0.05 if low else 1e-4
+    if not float(difference.max()) <= allowed:
+        words = _Words(batch["response_targets"], policy)
+        raise RuntimeError(
+            "self-check: the reference is meant to be the policy as it starts, but they differ. "
+            f"{words(difference, other, 'by the reference', 'by the policy')}; they may differ by "
+            f"{allowed:g}. A fresh adapter must change nothing (LoRA's B is 0: check "
+            "init_lora_weights), and the model must be deterministic in eval mode. If the "
+            "reference is meant to be another model, pass it as ref_model."
+        )

@@ -1,0 +1,226 @@
+"""``fastpref train``: tune a model on preferences; options are flags, or keys of a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from fastpref.config import PreferenceConfig, translate
+from fastpref.recorder import draw_run, record, resolved
+
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "loss": "loss_type"}
+
+USAGE = "fastpref train --model MODEL --dataset DATA [--loss dpo] [--config run.yaml] [options]"
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on."""
+
+    dataset_name: str | None = _option(
+        None, "(--dataset) Hub id, or a file or directory: json, jsonl, parquet, csv."
+    )
+    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_split: str = _option("test", "Split to evaluate on, with --eval_strategy.")
+    dataset_streaming: bool = _option(False, "Read the dataset while training.")
+
+
+@dataclass
+class ModelArguments:
+    """What to train, and how it is adapted."""
+
+    model_name_or_path: str | None = _option(None, "(--model) Hub id or directory.")
+    ref_model_name_or_path: str | None = _option(
+        None, "Reference. None: the model as it is at the start."
+    )
+    model_revision: str = _option("main", "Branch, tag or commit on the hub.")
+    dtype: str | None = _option(
+        None, "Of the weights: float32, bfloat16, auto. None: float32, or bfloat16 if frozen."
+    )
+    attn_implementation: str | None = _option(None, "sdpa, eager, flex_attention, ...")
+    use_peft: bool = _option(False, "Train a LoRA adapter; the reference is the model without it.")
+    lora_r: int = _option(16, "Rank.")
+    lora_alpha: int = _option(32, "Scale: the update is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.05, "Dropout before the adapter.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. None: peft's choice for the model."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full beside the adapter."}
+    )
+
+
+Options = tuple[ScriptArguments, ModelArguments, PreferenceConfig]
+
+
+class _Parser(HfArgumentParser):
+    """The flags of the three dataclasses; a wrong value raises instead of printing 150 flags."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            (ScriptArguments, ModelArguments, PreferenceConfig),
+            prog="fastpref train",
+            usage=USAGE,
+            allow_abbrev=False,
+            description="Flags win over --config, a YAML file of the same names.",
+        )
+        self.add_argument("--config", help="YAML file of options")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of a run, from flags and the YAML file that ``--config`` names.
+
+    Args:
+        argv: Flags.
+
+    Returns:
+        What to train on, what to train, and how.
+
+    Raises:
+        ValueError: a value is missing, out of range, or contradicts another.
+        TypeError: an option does not exist; the message names the nearest.
+    """
+    flags = [_full(argument) for argument in argv]
+    parser = _Parser()
+    known = [action.dest for action in parser._actions]
+    path = _value_of("--config", flags)
+    if path is not None:
+        given = _read_yaml(Path(path))
+        given = {ALIASES.get(name, name): value for name, value in given.items()}
+        parser.set_defaults(**translate(given, known))
+    *found, rest = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    for argument in rest:
+        translate({argument.lstrip("-").partition("=")[0]: None}, known)
+        raise TypeError(f"{argument!r} belongs to no option")
+    data, model, config = found[:3]
+    for option, value in {
+        "model": model.model_name_or_path,
+        "dataset": data.dataset_name,
+    }.items():
+        if value is None:
+            raise ValueError(f"--{option} is missing. Usage: {USAGE}")
+    return data, model, config
+
+
+def _full(argument: str) -> str:
+    """``--model=x`` as ``--model_name_or_path=x``; other arguments as they are."""
+    flag, equals, value = argument.partition("=")
+    name = ALIASES.get(flag[2:]) if flag.startswith("--") else None
+    return f"--{name}{equals}{value}" if name else argument
+
+
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == flag:
+            return argv[index + 1] if index + 1 < len(argv) else None
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected lines of the form 'name: value'")
+    return given
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains; 0."""
+    data, model, config = parse(argv)
+    run(data, model, config)
+    return 0
+
+
+def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> None:
+    """Train as the options say; model, checkpoints, metrics and curves go to ``output_dir``.
+
+    Raises:
+        FileNotFoundError: model or dataset is a path that is not there.
+        ValueError: the data cannot be trained on.
+    """
+    from transformers import AutoTokenizer
+
+    from fastpref.data.load import load_preference_dataset
+    from fastpref.trainer import PreferenceTrainer
+
+    assert data.dataset_name is not None
+    assert model.model_name_or_path is not None
+
+    def load(split: str) -> Any:
+        return load_preference_dataset(
+            data.dataset_name or "",
+            split,
+            name=data.dataset_config,
+            streaming=data.dataset_streaming,
+        )
+
+    options = resolved(data, model, config)
+    config.model_init_kwargs = _model_init_kwargs(model) | dict(config.model_init_kwargs or {})
+    trainer = PreferenceTrainer(
+        model.model_name_or_path,
+        ref_model=model.ref_model_name_or_path,
+        args=config,
+        train_dataset=load(data.dataset_train_split),
+        eval_dataset=load(data.dataset_test_split) if config.eval_strategy != "no" else None,
+        processing_class=AutoTokenizer.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        peft_config=_lora(model),
+    )
+    record(trainer, options)
+    try:
+        trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    finally:
+        draw_run(Path(config.output_dir or ""))
+    trainer.save_model()
+    print(f"model, metrics.jsonl, config.yaml and curves.png are in {config.output_dir}")
+
+
+def _model_init_kwargs(model: ModelArguments) -> dict[str, Any]:
+    given = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _resume(value: str | None) -> str | bool | None:
+    """``--resume_from_checkpoint true`` means the last one of the run directory."""
+    return {"true": True, "false": None}.get((value or "").lower(), value)
+
+
+def _lora(model: ModelArguments) -> Any:
+    if not model.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        modules_to_save=model.lora_modules_to_save,
+    )

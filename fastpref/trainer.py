@@ -1,0 +1,464 @@
+"""Preference training as a thin ``transformers.Trainer``: what is computed, logged and saved is
+ours; loop, optimiser, schedule and distribution are transformers' and Accelerate's.
+
+A loss is ``sum(weight * loss) / number of examples`` of the whole accumulation window over all
+ranks, so micro-batching, rank count and packing do not change the update.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from fastpref import checkpoint
+from fastpref.batches import TrainerCollator, columns_of, make_collator, prepare_dataset
+from fastpref.config import DPOConfig, PreferenceConfig
+from fastpref.loop import Loop
+from fastpref.metrics import Meter, MetricsFile, example_rows
+from fastpref.models import add_adapter, load_model, without_dropout
+from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses
+from fastpref.policy import Batch, causal_lm, response_logps
+from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
+
+logger = logging.getLogger("fastpref")
+
+
+class PreferenceTrainer(Trainer):  # type: ignore[misc]
+    """Trains a causal language model on preferences, with any loss of :mod:`fastpref.losses`.
+
+    Signature, dataset columns and metric keys are those of TRL 1.16's trainers.
+
+    Args:
+        model: A model, a PEFT model, or a name or path. A PEFT model's adapter as it is now is the
+            reference.
+        ref_model: The reference: a model, a name or path, or a list of them (several references,
+            the base first). None: for a fresh adapter the model without it; else a copy of the
+            model as it is now, or, where the dataset has ``ref_*_logps`` columns, those.
+        args: A :class:`PreferenceConfig`.
+        data_collator: Makes batches as :class:`fastpref.data.PreferenceCollator` does; None: that.
+        train_dataset: Preferences, in any layout of :mod:`fastpref.data.formats`.
+        eval_dataset: The same, or several by name.
+        processing_class: The tokenizer; None: the model's own.
+        compute_metrics: Gets the log-probabilities of each example as predictions, ``(N, 4)``:
+            chosen, rejected, and both under the reference (unpaired: ``(N, 2)``).
+        callbacks: Of transformers.
+        optimizers: Optimiser and schedule; None: from ``args``.
+        quantization_config: For a model given by name.
+        peft_config: Train a fresh adapter.
+
+    Raises:
+        ValueError: Options contradict each other, or the data lacks what the loss needs.
+        TypeError: An argument has the wrong type.
+    """
+
+    loss_is_scaled_for_ga = True
+    config_class: type[PreferenceConfig] = PreferenceConfig
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[Any]], Batch] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        """See the class."""
+        if args is None:
+            name = model if isinstance(model, str) else causal_lm(model).config._name_or_path
+            args = self.config_class(output_dir=f"{Path(name).name or 'model'}-preference")
+        if not isinstance(args, PreferenceConfig):
+            raise TypeError(
+                f"args: expected a {self.config_class.__name__}, got {type(args).__name__}"
+            )
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("train_dataset is required (or an eval_dataset, to evaluate only)")
+        self.combined = make_losses(args)
+        if args.beta is not None:
+            self.combined.beta = args.beta
+        set_seed(args.seed)  # a fresh adapter's weights are drawn in _policy
+        model = _policy(model, args, quantization_config, peft_config)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                causal_lm(model).config._name_or_path, trust_remote_code=args.trust_remote_code
+            )
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+        datasets = [d for d in (train_dataset, *evaluated.values()) if d is not None]
+        columns = set.intersection(*map(columns_of, datasets))
+        fresh = peft_config is not None
+        self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
+        if args.disable_dropout:
+            for each in (model, *self.reference.models):
+                without_dropout(each)
+        args.remove_unused_columns = False  # of ours, the collator knows which it wants
+        args.accelerator_config.dispatch_batches = False  # batches differ in shape
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.args = args
+        if train_dataset is not None:
+            train_dataset = self._prepared(train_dataset, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._prepared(d, name) for name, d in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(eval_dataset, "eval")
+        if data_collator is None:
+            kind, needs = self.combined.kind, self.combined.needs
+            data_collator = make_collator(args, self._tokenizer, kind, needs)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=TrainerCollator(data_collator, self.combined.kind),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process: start with `accelerate launch` or "
+                "`torchrun`, or show one GPU by CUDA_VISIBLE_DEVICES"
+            )
+        self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+        self.head_options = {"backend": args.backend, "memory_budget": args.head_memory_budget}
+        self.run_id = uuid.uuid4().hex
+        self.meter, self.eval_meter = Meter(), Meter()
+        self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+        self.loop = Loop(self)
+        self.add_callback(self.loop)
+        self._staging: Path | None = None
+        if self.combined.coupled:
+            logger.info("the loss couples the examples of a micro-batch, over all ranks")
+        self._settle_reference()
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """A dataset as token ids, with all that the losses need."""
+        kind = self.combined.kind
+        dataset = prepare_dataset(dataset, self._tokenizer, self.args, kind, name)
+        check_needs(self.combined, columns_of(dataset), self.reference.count)
+        return dataset
+
+    def _settle_reference(self) -> None:
+        """Move the reference's models to their device; score the data with it, if asked to."""
+        reference = self.reference
+        if isinstance(reference, Frozen):
+            reference.models = [self._placed(each) for each in reference.models]
+        if self.args.precompute_ref_log_probs and isinstance(reference, (AdapterOff, Frozen)):
+            if self.train_dataset is not None:
+                self.train_dataset = self._scored(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, Mapping):
+                scored = {name: self._scored(d, name) for name, d in self.eval_dataset.items()}
+                self.eval_dataset = scored
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._scored(self.eval_dataset, "eval")
+            self.reference = Stored(reference.count)
+            self.data_collator.references = reference.count
+
+    def _scored(self, dataset: Any, name: str) -> Any:
+        args = self.args
+        return score_dataset(
+            self.reference,
+            self.model,
+            dataset,
+            self.data_collator,
+            batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+            accelerator=self.accelerator,
+            kind=self.combined.kind,
+            description=name,
+        )
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        if self.is_fsdp_enabled:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, model)  # type: ignore[no-any-return]
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 with a reference model of its own is not supported: use FSDP2, "
+                "ZeRO-2, LoRA, or a dataset with ref_*_logps columns"
+            )
+        return self.accelerator.prepare_model(model, evaluation_mode=True)  # type: ignore[no-any-return]
+
+    # Ranks
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of a tensor over ranks."""
+        if self.accelerator.num_processes == 1:
+            return x
+        return self.accelerator.reduce(x, "sum")  # type: ignore[no-any-return]
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """The lists of all ranks, joined."""
+        if self.accelerator.num_processes == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)  # type: ignore[no-any-return]
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """A tensor of each rank, one after the other; lengths may differ."""
+        length = torch.tensor([x.shape[-1]], device=x.device)
+        lengths = self.accelerator.gather(length).tolist()
+        padded = nn.functional.pad(x, (0, max(lengths) - x.shape[-1]))
+        parts = self.accelerator.gather(padded[None])
+        return torch.cat([part[..., :n] for part, n in zip(parts, lengths, strict=True)], -1)
+
+    # Losses
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Of an accumulation window over all ranks: examples, and likelihood tokens for each."""
+        if not batch_samples:
+            return None
+        found = [{"examples": _size(b), **likelihood_tokens(b)} for b in batch_samples]
+        counts = [
+            torch.stack([torch.as_tensor(n, device=device) for n in each.values()])
+            for each in found
+        ]
+        examples, *tokens = self.sum_over_ranks(torch.stack(counts).sum(0).double()).unbind()
+        rates = zip(list(found[0])[1:], tokens, strict=True)
+        return {"examples": examples, "rates": {name: n / examples for name, n in rates}}
+
+    def _losses(
+        self, model: nn.Module, batch: Batch, rates: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Any, dict[str, tuple[Tensor, Tensor]]]:
+        """The loss of each example, the examples, and their metrics; no rates: evaluation."""
+        reference = self.reference.token_logps(model, batch)
+        policy = response_logps(model, batch, return_stats=True, **self.head_options)
+        examples = make_examples(self.combined, batch, policy, reference, self.args.ld_alpha)
+        gathered, local = None, slice(None)
+        if self.combined.states and self.accelerator.num_processes > 1:
+            gathered = self.combined.state_batch(examples).map(self._gather)
+            first = self.accelerator.process_index * _size(batch)
+            local = slice(first, first + _size(batch))
+        training = rates is not None
+        terms = self.combined.terms(
+            examples, gathered=gathered, local=local, update=training, **(rates or {})
+        )
+        if examples.weights is not None:
+            terms = {name: value * examples.weights for name, value in terms.items()}
+        weighted = zip(self.combined.weights, terms.values(), strict=True)
+        losses = torch.stack([weight * value for weight, value in weighted]).sum(0)
+        rows = {"loss": losses.detach()} | (
+            {f"loss/{name}": value.detach() for name, value in terms.items()}
+            if len(terms) > 1
+            else {}
+        )
+        metrics = {name: (value, torch.ones_like(value)) for name, value in rows.items()}
+        metrics |= example_rows(examples, batch, policy, reference, self.combined.beta)
+        return losses, examples, metrics
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """A micro-batch's share of the loss of its accumulation window."""
+        window = num_items_in_batch or {"examples": torch.tensor(float(_size(inputs))), "rates": {}}
+        losses, examples, metrics = self._losses(model, inputs, window["rates"])
+        unknown = torch.full_like(losses, -1, dtype=torch.int64)
+        self.loop.note(inputs.get("example_ids", unknown), losses)
+        self.meter.add(metrics, inputs["num_tokens"])
+        # Ranks average their gradients: scaled by their number, they add up.
+        scale = self.accelerator.num_processes / window["examples"]
+        loss = losses.sum() * scale.to(losses)
+        return (loss, examples) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds a batch to the evaluation; its log-probabilities if ``compute_metrics`` wants them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses, examples, metrics = self._losses(model, inputs, None)
+        self.eval_meter.add(metrics, inputs["num_tokens"], self._counted(len(losses)))
+        if prediction_loss_only:
+            return None, None, None
+        names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "logps", "ref_logps")
+        found = [getattr(examples, name, None) for name in names]
+        return None, torch.stack([x for x in found if x is not None], -1), torch.ones_like(losses)
+
+    def _counted(self, size: int) -> Tensor | None:
+        """False for the examples that the last batch repeats, so that every rank has as many."""
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        place = torch.arange(size, device=self.accelerator.device)
+        return place + self.accelerator.process_index * size < state.remainder
+
+    # Metrics
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics over ``eval_dataset``, in any layout; None: the trainer's own."""
+        if isinstance(eval_dataset, Mapping):
+            found: dict[str, float] = {}
+            for name, dataset in eval_dataset.items():
+                found |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """transformers' loop, with nothing gathered but the sums of the metrics."""
+        self.eval_meter, started = Meter(), time.perf_counter()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        found = self.eval_meter.read(self.sum_over_ranks, rates=False)
+        output.metrics.update({f"{metric_key_prefix}_{key}": x for key, x in found.items()})
+        self.meter.skip(time.perf_counter() - started)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the metrics since the last time beside a training loss."""
+        if "loss" in logs:
+            logs.update({**self.meter.read(self.sum_over_ranks), **logs})
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self.metrics_file.append({**logs, "step": self.state.global_step})
+
+    # Checkpoints
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's path, or True for the last whole one of the run.
+            trial: Of a hyper-parameter search.
+            ignore_keys_for_eval: As in transformers.
+
+        Raises:
+            ValueError: There is no whole checkpoint to resume from.
+            FloatingPointError: A loss is not finite; the state before the step is saved.
+        """
+        path = None
+        if resume_from_checkpoint is True:
+            path = checkpoint.last_complete(self.args.output_dir)
+        elif resume_from_checkpoint:
+            path = checkpoint.verify(str(resume_from_checkpoint))
+        self.loop.resumed = path
+        with self.loop.interrupt.listening():
+            output = super().train(None if path is None else str(path), trial, ignore_keys_for_eval)
+        if self.loop.stopping:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.state.global_step} and saved; go on with "
+                "trainer.train(resume_from_checkpoint=True)"
+            )
+        return output
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' checkpoint and ours, whole or not at all."""
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        final, started = run_dir / f"checkpoint-{step}", time.perf_counter()
+        if (checkpoint.manifest(final) or {}).get("run") == self.run_id:
+            return
+        content = {"run": self.run_id, "step": step, "losses": self.combined.state_dict()}
+        with checkpoint.staged(
+            run_dir,
+            final.name,
+            content,
+            writes=self.args.should_save,
+            cleans=self.accelerator.is_local_main_process,
+            barrier=self.accelerator.wait_for_everyone,
+        ) as folder:
+            self._staging = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.loop.save(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+        self.meter.skip(time.perf_counter() - started)
+
+
+def _policy(model: Any, args: PreferenceConfig, quantization_config: Any, peft_config: Any) -> Any:
+    """The model to train: loaded, with its adapter."""
+    if isinstance(model, str):
+        frozen = peft_config is not None
+        model = load_model(model, args, frozen=frozen, quantization_config=quantization_config)
+    elif quantization_config is not None:
+        raise ValueError(
+            "quantization_config is for a model given by name; this one is loaded already"
+        )
+    elif args.model_init_kwargs:
+        logger.warning("model_init_kwargs has no effect: the model is loaded already")
+    if peft_config is not None:
+        model = add_adapter(model, peft_config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: no parameter is trainable. Load the adapter with is_trainable=True, or give a "
+            "peft_config"
+        )
+    if hasattr(model, "peft_config") and (args.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ):
+        model.enable_input_require_grads()  # else nothing before the adapters asks for a gradient
+    return model
+
+
+def _size(batch: Batch) -> int:
+    """Number of examples."""
+    return int(batch["pairs"].shape[0] if "pairs" in batch else batch["label"].shape[0])
+
+
+class DPOTrainer(PreferenceTrainer):
+    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``DPOTrainer``."""
+
+    config_class = DPOConfig

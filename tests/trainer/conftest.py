@@ -1,0 +1,98 @@
+"""A tiny random Llama, a tokenizer of a hundred words, and preference pairs: all made offline."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+VOCAB = SPECIAL + [f"w{i}" for i in range(93)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCAB)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_model(seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(VOCAB),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.2,
+            **options,
+        }
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_pairs(count: int = 12, seed: int = 0, **columns: Any) -> Dataset:
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(f"w{draw.randrange(93)}" for _ in range(draw.randint(low, high)))
+
+    rows = [
+        {"prompt": words(2, 9), "chosen": " " + words(1, 8), "rejected": " " + words(1, 12)}
+        for _ in range(count)
+    ]
+    return Dataset.from_list([{**row, **columns} for row in rows])
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+class Make:
+    """The makers, for tests: ``make.model(seed)``, ``make.pairs(count, seed)``."""
+
+    model = staticmethod(make_model)
+    pairs = staticmethod(make_pairs)
+
+
+@pytest.fixture(scope="session")
+def make() -> type[Make]:
+    return Make
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Keyword arguments of a quiet, deterministic config."""
+
+    def build(**overrides: Any) -> dict[str, Any]:
+        return {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "max_steps": 3,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            **overrides,
+        }
+
+    return build
