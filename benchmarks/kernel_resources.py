@@ -16,10 +16,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,7 +31,6 @@ from fastpref.kernels import combine, rows, segments, sweep
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 COMMAND = "python benchmarks/kernel_resources.py --write"
 ARCHITECTURES = (80, 90, 100)
-MAX_REGISTERS_PER_SM = 65536
 HIDDEN = 4096
 
 
@@ -44,6 +44,8 @@ class Case:
     """Element type of each pointer argument; None where the argument is None."""
     config: dict[str, Any]
     """Compile-time arguments, and ``num_warps``."""
+    unaligned: tuple[str, ...] = ()
+    """Pointers and strides that are not multiples of 16."""
 
     @property
     def name(self) -> str:
@@ -54,38 +56,38 @@ class Case:
 def cases() -> Iterator[Case]:
     """Every kernel: the variants that the schedules launch, and the heaviest."""
     hidden = launch.hidden_config(HIDDEN) | {"HIDDEN": HIDDEN}
-    block_h = {"BLOCK_H": hidden["BLOCK_H"]}
     state = {"tile": "fp32", "state": "fp32", "targets": "i64"}
-    for width in (8192, 16384, 32768, 29952, 65536):
-        for variant, out, capped, stats in (
-            ("no gradient", None, False, False),
-            ("bf16 out", "bf16", False, False),
-            ("bf16 out, statistics", "bf16", False, True),
-            ("in place, softcap, statistics", "fp32", True, True),
+    for width in (8192, 32768, 29952, 65536):
+        for variant, out, bias, capped, stats in (
+            ("no gradient", None, False, False, False),
+            ("bf16 out", "bf16", False, False, False),
+            ("bf16 out, statistics", "bf16", False, False, True),
+            ("bf16 out, bias, softcap", "bf16", True, True, False),
+            ("in place, bias, softcap, statistics", "fp32", True, True, True),
         ):
             acc = offset = None if out is None else "fp32"
-            bias = "fp32" if capped else None
             yield Case(
                 sweep.sweep_kernel,
                 f"{width} wide, {variant}",
-                state | {"out": out, "offset": offset, "acc": acc, "bias": bias},
-                launch.sweep_config(width)
+                state
+                | {"out": out, "offset": offset, "acc": acc, "bias": "fp32" if bias else None},
+                launch.sweep_config(width, torch.float32, capped, stats)
                 | {"WIDTH": width, "HIDDEN": HIDDEN if acc else 0}
                 | {"CAPPED": capped, "WITH_STATS": stats}
-                | block_h,
+                | launch.UNFUSED,
             )
     done = {name: "fp32" for name in ("state", "logp", "q", "coef")} | {"targets": "i64"}
     yield Case(
         combine.combine_kernel,
         "no gradient",
         done | {"acc": None, "weight": "bf16", "hidden_grad": None, "stats": None},
-        hidden | {"CAPPED": False},
+        hidden | {"CAPPED": False} | launch.UNFUSED,
     )
     yield Case(
         combine.combine_kernel,
         "bf16 gradient, softcap, statistics",
         done | {"acc": "fp32", "weight": "bf16", "hidden_grad": "bf16", "stats": "fp32"},
-        hidden | {"CAPPED": True},
+        hidden | {"CAPPED": True} | launch.UNFUSED,
     )
     yield Case(
         rows.scale_rows_kernel, "bf16", {"out": "bf16", "x": "bf16", "factor": "fp32"}, hidden
@@ -119,13 +121,14 @@ def compile_case(case: Case, arch: int) -> Any:
         signature[p.name] = (
             f"*{case.pointers[p.name]}" if p.name in case.pointers else p.annotation_type or "i32"
         )
-        if p.name in case.pointers or p.name.endswith("_stride") and not p.do_not_specialize:
+        strided = p.name.endswith("_stride") and not p.do_not_specialize
+        if (p.name in case.pointers or strided) and p.name not in case.unaligned:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, aligned)
     return triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.config["num_warps"], "enable_fp_fusion": False},
+        options={k: v for k, v in case.config.items() if k in ("num_warps", *launch.UNFUSED)},
     )
 
 
@@ -168,8 +171,8 @@ def main() -> None:
     found = table(tuple(args.arch))
     for row in found["rows"]:
         print(
-            f"{row['kernel']:62} {row['arch']:7} {row['warps']:3} warps {row['registers']:4} registers "
-            f"{row['spill_bytes']:4} B spilled {row['shared_bytes']:6} B shared"
+            f"{row['kernel']:62} {row['arch']:7} {row['warps']:3} warps {row['registers']:4} "
+            f"registers {row['spill_bytes']:4} B spilled {row['shared_bytes']:6} B shared"
         )
     if args.write:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")

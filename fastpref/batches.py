@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
-from fastpref.policy import Batch
+from fastpref.policy import Batch, causal_lm
 
 logger = logging.getLogger("fastpref")
 
@@ -24,17 +24,21 @@ class TrainerCollator:
     """A collator whose batch also holds what the trainer wants to know without asking the device.
 
     Adds ``response_tokens``, the number of response tokens of all chosen, all rejected, ...;
-    ``num_tokens``, of prompts and responses, a prompt counted for each response; and ``ref_logps``,
-    ``(n,)`` or ``(count, n)``, where the dataset holds a reference's log-probabilities by token.
+    ``num_tokens``, of prompts and responses, a prompt counted for each response; ``ref_logps``,
+    ``(n,)`` or ``(K, n)``, where the dataset holds a reference's log-probabilities by token; and,
+    if asked for, ``prompts (B,)``: sequences of their own that score the prompts' tokens.
 
     Args:
         collator: Makes the batch, sequences response by response, each in the order of the rows.
         kind: ``"pair"`` or ``"unpaired"``.
+        prompts: Score prompts too.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Batch], kind: str) -> None:
+    def __init__(
+        self, collator: Callable[[list[Any]], Batch], kind: str, prompts: bool = False
+    ) -> None:
         """See the class."""
-        self.collator, self.kind = collator, kind
+        self.collator, self.kind, self.prompts = collator, kind, prompts
         self.references = 1
         """Number of references in the columns."""
 
@@ -47,6 +51,8 @@ class TrainerCollator:
                 f"data_collator: the batch has no {sorted(missing)}. Expected one as "
                 "fastpref.data.PreferenceCollator makes it; leave data_collator out to use that"
             )
+        if self.prompts:
+            _add_prompts(batch, len(features))
         names = [name for name in RESPONSES[self.kind] if f"{name}_ids" in features[0]]
         bounds, size = batch["cu_seqlens"].tolist(), len(features)
         groups = bounds[::size] + ([] if (len(bounds) - 1) % size == 0 else bounds[-1:])
@@ -57,22 +63,48 @@ class TrainerCollator:
         if columns[0] in features[0]:
             values = [f[name] for name in columns for f in features]
             rows = [torch.tensor(v, dtype=torch.float32).view(self.references, -1) for v in values]
-            logps = torch.cat(rows, dim=1)
+            unscored = torch.zeros(self.references, bounds[-1] - bounds[size * len(names)])
+            logps = torch.cat([*rows, unscored], dim=1)
             batch["ref_logps"] = logps[0] if self.references == 1 else logps
         return batch
 
 
-def make_collator(args: Any, tokenizer: Any, kind: str, needs: Sequence[str]) -> PreferenceCollator:
-    """The collator that a :class:`fastpref.PreferenceConfig` asks for."""
+def _add_prompts(batch: dict[str, Any], size: int) -> None:
+    """Append to the sequences one for each prompt: all of its tokens but the first."""
+    documents = batch["document_ids"].masked_fill(batch["branch_ids"] != 0, -1).flatten()
+    places = [(documents == document).nonzero()[:, 0] for document in range(size)]
+    spans = torch.tensor([max(len(place) - 1, 0) for place in places])
+    tokens = batch["input_ids"].flatten()
+    first = len(batch["lengths"])
+    batch["prompts"] = torch.arange(first, first + size)
+    grown = {
+        "response_rows": torch.cat([place[:-1] for place in places]),
+        "response_targets": torch.cat([tokens[place[1:]] for place in places]),
+        "lengths": spans,
+        "cu_seqlens": batch["cu_seqlens"][-1] + spans.cumsum(0),
+    }
+    for name, more in grown.items():
+        batch[name] = torch.cat([batch[name], more.to(batch[name].dtype)])
+
+
+def make_collator(args: Any, tokenizer: Any, combined: Any, model: Any) -> PreferenceCollator:
+    """The collator that a :class:`fastpref.PreferenceConfig`, its losses and a model ask for."""
     pad = tokenizer.pad_token_id
+    implementation = causal_lm(model).config.get_text_config()._attn_implementation
     return PreferenceCollator(
         pad_token_id=(tokenizer.eos_token_id or 0) if pad is None else pad,
-        kind=kind,  # type: ignore[arg-type]
+        kind=combined.kind,
         prefix_sharing=args.prefix_sharing,
         row_tokens=args.max_tokens_per_batch,
+        dense_mask=implementation != "flex_attention",
         pad_to_multiple_of=args.pad_to_multiple_of or 1,
-        mismatched="previous" if "mismatched" in needs else None,
+        mismatched="previous" if "mismatched" in combined.needs else None,
     )
+
+
+def count(batch: Batch) -> int:
+    """Number of examples in a batch."""
+    return int(batch["pairs"].shape[0] if "pairs" in batch else batch["label"].shape[0])
 
 
 def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: str) -> Any:

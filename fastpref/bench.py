@@ -102,6 +102,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="on a CPU")
     parser.add_argument(
         "--budget", type=int, metavar="MIB", help="memory budget (default: the op's)"
     )
@@ -127,6 +128,7 @@ def main(argv: Sequence[str]) -> int:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    clock = "device" if device == "cuda" else asked.clock
     budget = None if asked.budget is None else asked.budget << 20
     shapes = [asked.explain] if asked.explain else asked.shape or ["smollm2-135m"]
     failed = False
@@ -138,14 +140,16 @@ def main(argv: Sequence[str]) -> int:
                     itemsize = problem.dtype.itemsize
                     print(costs.explain(schedule, n, head, itemsize, device, budget))
                     continue
-                entries = run(problem, _chosen(asked), asked.rounds)
+                entries = run(problem, _chosen(asked), asked.rounds, clock)
                 if not asked.no_memory:
                     entries = weigh(problem, entries, asked.plugin)
-                print(render(problem, entries), flush=True)
+                print(render(problem, entries, clock), flush=True)
                 failed |= any(e.found.verdict for e in entries)
                 if asked.out:
                     command = shlex.join(["fastpref", "bench", *argv])
-                    append(asked.out, rows(problem, entries, asked.commit or _commit(), command))
+                    append(
+                        asked.out, rows(problem, entries, clock, asked.commit or _commit(), command)
+                    )
     return int(failed)
 
 
@@ -170,13 +174,14 @@ def _chosen(asked: argparse.Namespace) -> list[System]:
     return chosen
 
 
-def run(problem: Problem, chosen: list[System], rounds: int) -> list[Entry]:
+def run(problem: Problem, chosen: list[System], rounds: int, clock: str) -> list[Entry]:
     """Check every system, then let those that are right take turns.
 
     Args:
         problem: Shape, dtype, device and schedule.
         chosen: Systems, ``gemms`` among them if ratios to the floor are wanted.
         rounds: How often each is timed.
+        clock: One of :data:`fastpref.measure.CLOCKS`.
 
     Returns:
         An entry per system that knows the schedule; those that cannot run, or are wrong, say why
@@ -198,7 +203,7 @@ def run(problem: Problem, chosen: list[System], rounds: int) -> list[Entry]:
                     entry = replace(entry, found=found, note=found.verdict)
                 if not entry.note:
                     ready[i] = system.start(case)
-                    measure.once(ready[i], problem.device)
+                    measure.once(ready[i], clock)
             except Exception as error:  # a peer may fail in any way it likes; the others go on
                 ready.pop(i, None)
                 words = str(error).strip().splitlines() or [""]
@@ -207,7 +212,7 @@ def run(problem: Problem, chosen: list[System], rounds: int) -> list[Entry]:
             tick()
     truths.clear()
     with _progress(f"{rounds} rounds", rounds * len(ready)) as tick:
-        raced = measure.race(list(ready.values()), rounds, problem.device, tick)
+        raced = measure.race(list(ready.values()), rounds, clock, tick)
     times = dict(zip(ready, raced, strict=True))
     floor = next((times[i] for i in ready if chosen[i].op == "gemms"), None)
     for i, mine in times.items():
@@ -244,15 +249,17 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def device_name(device: str) -> str:
-    """The device as rows name it."""
-    if device == "cuda":
+def device_name(clock: str) -> str:
+    """The device as rows name it; it says so where the time is CPU time."""
+    if clock == "device":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     model = found[1] if found else platform.processor() or platform.machine()
     isa = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {isa}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"{model}, {isa}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name}, CPU time" if clock == "cpu" else name
 
 
 def _versions(package: str, device: str) -> dict[str, str]:
@@ -284,7 +291,9 @@ def _commit() -> str:
     return _output(asked, here) or "unknown"
 
 
-def rows(problem: Problem, entries: list[Entry], commit: str, command: str) -> list[dict[str, Any]]:
+def rows(
+    problem: Problem, entries: list[Entry], clock: str, commit: str, command: str
+) -> list[dict[str, Any]]:
     """The measured rows of a table; a system that could not run has none."""
     dtype = next(name for name, value in DTYPES.items() if value == problem.dtype)
     made = []
@@ -295,7 +304,7 @@ def rows(problem: Problem, entries: list[Entry], commit: str, command: str) -> l
         values = (
             *(system.name, system.op, problem.schedule),
             *(problem.rows, problem.head.hidden_size, problem.head.vocab_size),
-            *(dtype, device_name(problem.device), True),
+            *(dtype, device_name(clock), True),
             *map(_round, (entry.median(lambda t: t[0]), entry.median(lambda t: t[1]))),
             *map(_round, (entry.total, entry.spread, entry.floor_ratio)),
             entry.peak_extra_bytes,
@@ -364,12 +373,12 @@ def cells(problem: Problem, entry: Entry) -> list[str]:
     ]
 
 
-def render(problem: Problem, entries: list[Entry]) -> str:
+def render(problem: Problem, entries: list[Entry], clock: str) -> str:
     """The table as plain text, and below it the systems without a speed, and why."""
     head = problem.head
     title = (
         f"\n{problem.schedule}  N={problem.rows} H={head.hidden_size} V={head.vocab_size} "
-        f"{str(problem.dtype).removeprefix('torch.')}  {device_name(problem.device)}"
+        f"{str(problem.dtype).removeprefix('torch.')}  {device_name(clock)}"
     )
     lines = [list(COLUMNS), *(cells(problem, e) for e in entries if e.times)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]

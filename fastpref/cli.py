@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("fastpref.demo", "preference-tune a small real model on this machine, from nothing"),
     "train": ("fastpref.train", "preference-tune your model on your data"),
     "losses": ("fastpref.catalogue", "list the losses, or describe one"),
+    "bench": ("fastpref.bench", "time the op and its peers, with a correctness gate"),
     "doctor": ("fastpref.doctor", "what is installed, which kernels run, and what is missing"),
 }
 
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return importlib.import_module(COMMANDS[name][0]).main(given[1:]) or 0
-    except KeyboardInterrupt:
-        print(f"fastpref {name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fastpref {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `fastpref losses | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +95,8 @@ def _words(error: Exception) -> str:
         if package in EXTRAS:
             extra = EXTRAS[package]
             return f'{package} is not installed; this adds it: pip install "fastpref[{extra}]"'
-    if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)):
+    if isinstance(
+        error, (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError)
+    ):
         return str(error)
     return f"{type(error).__name__}: {error} (--traceback shows where)"

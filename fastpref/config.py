@@ -102,7 +102,7 @@ def translate(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
 def native_bf16() -> bool:
     """Whether the accelerator in use computes in bf16 itself; false on a CPU, where it is slow."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
@@ -140,7 +140,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         False,
         "Hide non-finite losses from the log. Training stops at one, and hiding costs a sync.",
     )
-    report_to: None | str | list[str] = _option("none", "Where to report metrics.")
+    report_to: None | str | list[str] = _option(  # noqa: RUF036 - HfArgumentParser wants this order
+        "none", "Where to report metrics."
+    )
 
     # the model
     model_init_kwargs: dict[str, Any] | str | None = _option(
@@ -238,13 +240,41 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         if self.activation_offloading:
             if not self.gradient_checkpointing:
                 raise ValueError("activation_offloading needs gradient_checkpointing=True")
-            kwargs = {**(self.activation_checkpointing_kwargs or {}), "offload": True}
+            kwargs = {
+                **(getattr(self, "gradient_checkpointing_kwargs", None) or {}),
+                "offload": True,
+            }
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
         if self.use_liger_kernel:
             # Liger's fused cross-entropy replaces the forward whose head this library takes over.
             without = {"fused_linear_cross_entropy": False}
-            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **without}
+            given = getattr(self, "liger_kernel_config", None) or {}
+            self.liger_kernel_config = {**given, **without}
         self._check()
+
+    def loss_options(self) -> dict[str, tuple[str, Any]]:
+        """Options that are arguments of losses: the losses' name for each, and its value or None."""
+        names = {
+            "reverse_kl": None,
+            "forward_kl": "forward_kl",
+            "js_divergence": "js",
+            "alpha_divergence": "alpha",
+        }
+        if self.f_divergence_type not in names:
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r}: expected one of {list(names)}"
+            )
+        divergence = names[self.f_divergence_type]
+        alpha = self.f_alpha_divergence_coef if divergence == "alpha" else None
+        return {
+            "label_smoothing": ("label_smoothing", self.label_smoothing),
+            "f_divergence_type": ("f_divergence", divergence),
+            "f_alpha_divergence_coef": ("f_alpha", alpha),
+            "use_weighting": ("weighting", "wpo" if self.use_weighting else None),
+            "discopop_tau": ("tau", self.discopop_tau),
+            "nll_reduction": ("nll_reduction", self.nll_reduction),
+            "nll_scope": ("nll_scope", self.nll_scope),
+        }
 
     def _check(self) -> None:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -283,3 +313,66 @@ class DPOConfig(PreferenceConfig):
     beta: float | None = _option(0.1, "Strength of the reference.")
     label_smoothing: float | None = _option(0.0, "Probability that a preference is wrong.")
     nll_reduction: str | None = _option("tokens", "Mean of a likelihood term.")
+
+
+@config
+class KTOConfig(PreferenceConfig):
+    """:class:`PreferenceConfig` with the defaults of TRL 1.16's ``KTOConfig``, but shuffled data."""
+
+    loss_type: str | list[str] = _option(["kto"], "kto, apo_zero_unpaired or bco.")
+    beta: float | None = _option(0.1, "Strength of the reference.")
+    desirable_weight: float = _option(1.0, "Weight of desirable responses.")
+    undesirable_weight: float = _option(1.0, "Weight of undesirable responses.")
+
+    def loss_options(self) -> dict[str, tuple[str, Any]]:
+        """See :meth:`PreferenceConfig.loss_options`."""
+        own = ("desirable_weight", "undesirable_weight")
+        return super().loss_options() | {name: (name, getattr(self, name)) for name in own}
+
+
+_CPO_LOSSES = {"sigmoid": "cpo", "cpo": "cpo", "simpo": "cpo_simpo", "alphapo": "alphapo"}
+
+
+@config
+class CPOConfig(PreferenceConfig):
+    """:class:`PreferenceConfig` with the options and defaults of TRL 1.16's ``CPOConfig``."""
+
+    loss_type: str | list[str] = _option(["sigmoid"], "sigmoid (CPO), simpo or alphapo.")
+    beta: float | None = _option(0.1, "Scale of the log-probabilities.")
+    label_smoothing: float | None = _option(0.0, "Probability that a preference is wrong.")
+    nll_reduction: str | None = _option("tokens", "Mean of the likelihood term.")
+    cpo_alpha: float = _option(1.0, "Weight of the likelihood term.")
+    simpo_gamma: float = _option(0.5, "Target margin of simpo and alphapo.")
+    alpha: float = _option(0.0, "Shape of AlphaPO's reward; 0: the mean log-probability.")
+
+    def __post_init__(self) -> None:
+        """Turn TRL's names of the losses into ours."""
+        names = _as_list(self.loss_type)
+        if unknown := [name for name in names if name not in _CPO_LOSSES]:
+            raise ValueError(
+                f"loss_type={unknown[0]!r}: CPOConfig has {', '.join(_CPO_LOSSES)}; for other "
+                "losses without a reference use PreferenceConfig"
+            )
+        names = ["alphapo" if self.alpha else _CPO_LOSSES[name] for name in names]
+        if self.alpha and self.cpo_alpha not in (0.0, 1.0):
+            raise ValueError("alpha (AlphaPO) has no likelihood term: set cpo_alpha=0")
+        self.loss_type = list(dict.fromkeys(names))
+        super().__post_init__()
+
+    def loss_options(self) -> dict[str, tuple[str, Any]]:
+        """See :meth:`PreferenceConfig.loss_options`."""
+        return super().loss_options() | {
+            "cpo_alpha": ("nll_weight", self.cpo_alpha),
+            "simpo_gamma": ("gamma", self.simpo_gamma),
+            "alpha": ("alpha", self.alpha),
+        }
+
+
+@config
+class ORPOConfig(PreferenceConfig):
+    """:class:`PreferenceConfig` with the defaults of TRL 1.16's ``ORPOConfig``."""
+
+    loss_type: str | list[str] = _option(["orpo"], "Loss.")
+    beta: float | None = _option(0.1, "Weight of the odds ratio (lambda in the paper).")
+    nll_reduction: str | None = _option("tokens", "Mean of the likelihood term.")
+    nll_scope: str | None = _option("all", "Tokens of the likelihood term: prompt and response.")

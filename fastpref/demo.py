@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STEPS, RATE = 24, 1e-5
 HELD_OUT = 40
 BATCH = 4
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 96
@@ -83,8 +84,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the demo; 0."""
     parser = argparse.ArgumentParser(prog="fastpref demo", description=DESCRIPTION)
     add = parser.add_argument
-    add("--steps", type=int, default=24, help="optimiser steps of four pairs (default 24)")
-    add("--learning-rate", type=float, default=1e-5, help="peak of the schedule (default 1e-5)")
+    add("--steps", type=int, default=STEPS, help=f"of {BATCH} pairs each (default {STEPS})")
+    add("--learning-rate", type=float, default=RATE, help=f"at the start (default {RATE})")
     add("--run-dir", type=Path, help="where results go (default runs/demo-DATE-TIME)")
     add("--cpu", action="store_true", help="leave a GPU alone")
     add("--tiny", action="store_true", help="a random model and made-up pairs: offline, seconds")
@@ -92,13 +93,9 @@ def main(argv: Sequence[str]) -> int:
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {options.steps}")
     run_dir = options.run_dir or Path("runs", time.strftime("demo-%Y%m%d-%H%M%S"))
-    if options.tiny:
-        model, tokenizer = tiny_model()
-        rows = tiny_pairs(60)
-    else:
-        model, tokenizer, rows = _real()
+    make_model, tokenizer, rows = _tiny() if options.tiny else _real()
     summary = tune(
-        model,
+        make_model,
         tokenizer,
         rows,
         run_dir=run_dir,
@@ -111,7 +108,14 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _real() -> tuple[Any, Any, list[dict[str, Any]]]:
+Ingredients = tuple[Callable[[], Any], Any, list[dict[str, Any]]]
+
+
+def _tiny() -> Ingredients:
+    return lambda: tiny_model()[0], tiny_model()[1], tiny_pairs(60)
+
+
+def _real() -> Ingredients:
     """SmolLM2-135M-Instruct, its tokenizer, and the pairs whose prompts are short."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,12 +126,15 @@ def _real() -> tuple[Any, Any, list[dict[str, Any]]]:
     prompts = [row["prompt"] for row in rows]
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
     short = [row for row, prompt in zip(rows, ids, strict=True) if len(prompt) <= PROMPT_TOKENS]
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model, tokenizer, short
+    return (
+        lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        tokenizer,
+        short,
+    )
 
 
 def tune(
-    model: Any,
+    make_model: Callable[[], Any],
     tokenizer: Any,
     rows: Sequence[dict[str, Any]],
     *,
@@ -136,15 +143,15 @@ def tune(
     learning_rate: float,
     cpu: bool = False,
 ) -> dict[str, Any]:
-    """DPO on most of the pairs, measured on the others before and after.
+    """DPO on most of the pairs; model before and after, measured on the others.
 
     Args:
-        model: A causal language model; all of it is trained.
+        make_model: The causal language model to start from; all of it is trained.
         tokenizer: Its tokenizer, with a chat template.
         rows: ``{"prompt", "chosen", "rejected"}``.
         run_dir: Where metrics, curves, config and the tuned model go.
         steps: Optimiser steps.
-        learning_rate: Peak of the schedule.
+        learning_rate: Learning rate of the first step; it falls linearly to 0.
         cpu: Leave a GPU alone.
 
     Returns:
@@ -156,7 +163,7 @@ def tune(
     from fastpref.metrics import peak_memory
     from fastpref.recorder import draw_run, record, resolved
 
-    train, held_out = split_by_prompt(rows, HELD_OUT)
+    train, held_out = (Dataset.from_list(part) for part in split_by_prompt(rows, HELD_OUT))
     config = PreferenceConfig(
         output_dir=str(run_dir),
         max_steps=steps,
@@ -171,30 +178,34 @@ def tune(
         use_cpu=cpu,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
     )
-    trainer = PreferenceTrainer(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(held_out),
-        processing_class=tokenizer,
-    )
-    record(trainer, resolved(config))
-    summary: dict[str, Any] = {"pairs": {"train": len(train), "held_out": len(held_out)}}
-    summary["before"] = _measure(trainer)
-    done = trainer.train()
-    summary["after"] = _measure(trainer)
-    logged = [row for row in trainer.state.log_history if "loss" in row]
+    config_values = resolved(config)
+
+    def trainer_of(model: Any, **data: Dataset) -> Any:
+        return PreferenceTrainer(model, args=config, processing_class=tokenizer, **data)
+
+    trainer = trainer_of(make_model(), train_dataset=train, eval_dataset=held_out)
+    record(trainer, config_values)
+    try:
+        done = trainer.train()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; what was downloaded is kept") from None
     device = trainer.args.device
-    summary |= {
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    summary: dict[str, Any] = {
+        "pairs": {"train": len(train), "held_out": len(held_out)},
+        "steps": steps,
         "loss": {"first": logged[0]["loss"], "last": logged[-1]["loss"]},
         "seconds": done.metrics["train_runtime"],
         "pairs_per_second": steps * BATCH / done.metrics["train_runtime"],
         "peak_bytes": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "backend": backends.explain(device.type, trainer.model.dtype)[0],
-        "steps": steps,
     }
     trainer.save_model()
+    print(f"measuring {len(held_out)} held-out pairs: the tuned model, then the one before")
+    summary["after"] = _measure(trainer)
+    # Measured last, on the start weights loaded anew, so that training begins at once.
+    summary["before"] = _measure(trainer_of(make_model(), eval_dataset=held_out))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     measured = [
         {"step": step, **{f"eval_{key}": value["mean"] for key, value in summary[when].items()}}
@@ -270,7 +281,8 @@ def tiny_model() -> tuple[Any, Any]:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
+    make_tokenizer: Any = PreTrainedTokenizerFast  # its constructor carries no types
+    tokenizer = make_tokenizer(
         tokenizer_object=backend, bos_token=special[0], eos_token=special[1], pad_token=special[1]
     )
     tokenizer.chat_template = (

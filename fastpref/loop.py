@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: checks, stopping, the window a resumed run goes on in."""
+"""What happens between steps: checks, stopping, and what a resumed run goes on from."""
 
 from __future__ import annotations
 
@@ -94,18 +94,18 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).all()
         asked = torch.full_like(finite, self.interrupt.asked)
-        flags = trainer.sum_over_ranks(torch.stack([~finite, asked]).double()).tolist()
+        flags = trainer.ranks.sum(torch.stack([~finite, asked]).double()).tolist()
         if flags[0]:
             self._refuse(state.global_step)
         self.stopping = bool(flags[1])
 
     def _refuse(self, step: int) -> None:
-        """Save the state before this step, and say which examples have a loss that is not finite."""
+        """Save the state before this step, and say which examples' loss is not finite."""
         trainer, before = self.trainer, self._before
         assert before is not None
         rank = trainer.accelerator.process_index
         ids = [i[~losses.isfinite()].tolist() for i, losses in self._window]
-        found = trainer.gather_objects([(rank, [i for part in ids for i in part])])
+        found = trainer.ranks.objects([(rank, [i for part in ids for i in part])])
         where = "; ".join(f"rank {r}: examples {sorted(set(i))}" for r, i in found if i)
         trainer._tr_loss.copy_(before.loss)
         trainer.meter = before.meter
@@ -114,8 +114,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         trainer._save_checkpoint(trainer.model_wrapped, trial=None)
         raise FloatingPointError(
             f"the loss of step {step + 1} is not finite; {where} (row numbers of the training "
-            f"dataset). The state before that step is saved in {trainer.checkpoint_path(step)}. Look "
-            "at those rows; if they are fine, the step before has broken the weights: lower "
+            f"dataset). The state before that step is saved in {trainer.checkpoint_path(step)}. "
+            "Look at those rows; if they are fine, the step before has broken the weights: lower "
             "learning_rate, set max_grad_norm, or train in bf16 rather than fp16."
         )
 

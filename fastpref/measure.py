@@ -169,10 +169,16 @@ def check(system: System, case: Case, right: Truth) -> Check:
     )
 
 
-def _clock(device: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """``stamp()`` and ``milliseconds(earlier, later)`` for a device."""
-    if device == "cpu":
-        return time.perf_counter, lambda a, b: 1e3 * (b - a)
+CLOCKS = ("wall", "cpu", "device")
+"""Wall time; CPU time of the process, for a machine that does other work too (with one thread, as
+waiting threads spin); events on a CUDA device."""
+
+
+def _clock(name: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """``stamp()`` and ``milliseconds(earlier, later)`` of a clock."""
+    if name != "device":
+        read = time.perf_counter if name == "wall" else time.process_time
+        return read, lambda a, b: 1e3 * (b - a)
 
     def stamp() -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -186,10 +192,10 @@ def _clock(device: str) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]
     return stamp, milliseconds
 
 
-def once(passes: Passes, device: str) -> tuple[float, float]:
+def once(passes: Passes, clock: str) -> tuple[float, float]:
     """Milliseconds of one forward and one backward."""
-    stamp, milliseconds = _clock(device)
-    if device == "cuda":
+    stamp, milliseconds = _clock(clock)
+    if clock == "device":
         torch.cuda.synchronize()
     start = stamp()
     output = passes.forward()
@@ -203,7 +209,7 @@ def once(passes: Passes, device: str) -> tuple[float, float]:
 Times = list[tuple[float, float]]
 
 
-def race(entries: list[Passes], rounds: int, device: str, tick: Callable[[], None]) -> list[Times]:
+def race(entries: list[Passes], rounds: int, clock: str, tick: Callable[[], None]) -> list[Times]:
     """Milliseconds of forward and backward, per entry and round.
 
     The entries take turns within a round, another one first each time, so that what disturbs the
@@ -213,7 +219,7 @@ def race(entries: list[Passes], rounds: int, device: str, tick: Callable[[], Non
     for r in range(rounds):
         for i in range(len(entries)):
             turn = (r + i) % len(entries)
-            times[turn].append(once(entries[turn], device))
+            times[turn].append(once(entries[turn], clock))
             tick()
     return times
 

@@ -41,13 +41,42 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
     return AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "dtype": dtype})
 
 
-def add_adapter(model: Any, peft_config: Any) -> Any:
-    """The model under a fresh PEFT adapter.
+def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config: Any) -> Any:
+    """The model to train: loaded if given by name, under its adapter if one is asked for.
+
+    Args:
+        model: A model, or a name or path.
+        args: A :class:`fastpref.PreferenceConfig`.
+        quantization_config: For a model given by name; or None.
+        peft_config: Of a fresh adapter; or None.
 
     Raises:
+        ValueError: nothing of the model trains, or it is loaded and to be quantised.
         TypeError: ``peft_config`` is no PEFT config.
-        ValueError: the model has an adapter already, or the method changes the prompt.
     """
+    if isinstance(model, str):
+        frozen = peft_config is not None
+        model = load_model(model, args, frozen=frozen, quantization_config=quantization_config)
+    elif quantization_config is not None:
+        raise ValueError(
+            "quantization_config is for a model given by name; this one is loaded already"
+        )
+    elif args.model_init_kwargs:
+        logger.warning("model_init_kwargs has no effect: the model is loaded already")
+    if peft_config is not None:
+        model = _with_adapter(model, peft_config)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: no parameter is trainable. Load the adapter with is_trainable=True, or give a "
+            "peft_config"
+        )
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if hasattr(model, "peft_config") and reentrant:
+        model.enable_input_require_grads()  # else nothing before the adapters asks for a gradient
+    return model
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(peft_config, PeftConfig):
@@ -62,8 +91,8 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
         )
     if peft_config.is_prompt_learning:
         raise ValueError(
-            f"peft_config: {type(peft_config).__name__} puts tokens before the prompt, which packed "
-            "rows do not have; use LoRA"
+            f"peft_config: {type(peft_config).__name__} puts tokens before the prompt, which "
+            "packed rows do not have; use LoRA"
         )
     return get_peft_model(model, peft_config)
 

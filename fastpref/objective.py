@@ -7,6 +7,7 @@ This file knows configs, batches and losses; not models, trainers or devices.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fastpref.policy import Batch, ResponseLogps
 
 REF_COLUMNS = {"pair": ("ref_chosen_logps", "ref_rejected_logps"), "unpaired": ("ref_logps",)}
 """Columns that stand in for a reference, with sums."""
-FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched"})
+FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched", "prompt"})
 """Needs that the policy's own forward meets."""
 FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens"})
 """Needs that the reference meets."""
@@ -42,13 +43,6 @@ FROM_COLUMNS: dict[str, dict[str, dict[str, str]]] = {
 }
 """Needs that dataset columns meet: the field of each column, by kind and need."""
 
-_DIVERGENCES = {
-    "reverse_kl": None,
-    "forward_kl": "forward_kl",
-    "js_divergence": "js",
-    "alpha_divergence": "alpha",
-}
-
 
 def make_losses(args: Any) -> Combined:
     """The weighted sum of losses that a :class:`fastpref.PreferenceConfig` asks for.
@@ -61,34 +55,17 @@ def make_losses(args: Any) -> Combined:
         TypeError: A loss has no such hyper-parameter.
     """
     names, own = list(args.loss_type), dict(args.loss_args or {})
-    if args.f_divergence_type not in _DIVERGENCES:
-        raise ValueError(
-            f"f_divergence_type={args.f_divergence_type!r}: expected one of {list(_DIVERGENCES)}"
-        )
-    divergence = _DIVERGENCES[args.f_divergence_type]
-    options = {
-        "label_smoothing": ("label_smoothing", args.label_smoothing),
-        "f_divergence_type": ("f_divergence", divergence),
-        "f_alpha_divergence_coef": (
-            "f_alpha",
-            args.f_alpha_divergence_coef if divergence == "alpha" else None,
-        ),
-        "use_weighting": ("weighting", "wpo" if args.use_weighting else None),
-        "discopop_tau": ("tau", args.discopop_tau),
-        "nll_reduction": ("nll_reduction", args.nll_reduction),
-        "nll_scope": ("nll_scope", args.nll_scope),
-    }
     if len(names) == 1 and not set(own) <= set(names):
         own = {names[0]: own}
     by_name = {name: dict(own.pop(name, {})) for name in names}
-    for option, (keyword, value) in options.items():
+    defaults = {f.name: f.default for f in fields(args)}
+    for option, (keyword, value) in args.loss_options().items():
         if value is None:
             continue
         takers = [name for name in names if keyword in losses.get(name).entry.defaults]
         if option == "discopop_tau":
             takers = [name for name in takers if losses.get(name).entry.name == "discopop"]
-        # A preset's own default, such as TRL's label_smoothing=0.0, is not a wish.
-        if not takers and value and not option.startswith("nll_"):
+        if not takers and getattr(args, option) != defaults[option]:
             raise ValueError(
                 f"{option}={getattr(args, option)!r} has no effect on {', '.join(names)}: drop it, "
                 "or choose a loss that takes it"
@@ -177,7 +154,9 @@ def make_examples(
             # (B, K), a list for each example, becomes (K, B).
             values = {field: batch[column] for field, column in fields.items()}
             given |= {field: v.mT if v.dim() > 1 else v for field, v in values.items()}
-    return BATCHES[combined.kind](**given, weights=batch.get("weight"))  # type: ignore[return-value]
+    kind: Any = BATCHES[combined.kind]
+    examples: PairLogps | UnpairedLogps = kind(**given, weights=batch.get("weight"))
+    return examples
 
 
 def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
@@ -195,6 +174,9 @@ def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
             name: batch[name] for name in (*REF_COLUMNS["pair"], "ref_third_logps") if name in batch
         }
         given |= {name.removesuffix("_logps"): value for name, value in stored.items()}
+    if "prompts" in batch:
+        prompts = batch["prompts"]
+        given |= {"prompt": sums[prompts], "prompt_lengths": batch["lengths"][prompts]}
     if "third" in batch:
         third = batch["third"]
         given |= {"third": sums[third], "third_lengths": batch["lengths"][third]}
@@ -255,7 +237,7 @@ def _packed(name: str, logps: Tensor, batch: Batch) -> dict[str, Packed]:
     """Per-token log-probabilities of chosen and rejected responses, which lie end to end."""
     size = batch["pairs"].shape[0]
     bounds = batch["cu_seqlens"].unfold(0, size + 1, size)
-    parts = logps.split(batch["response_tokens"], dim=-1)
+    parts = torch.split(logps, batch["response_tokens"], dim=-1)
     sides = zip(RESPONSES["pair"][:2], parts, bounds, strict=False)
     return {name.format(side): Packed(values, cu - cu[0]) for side, values, cu in sides}
 
@@ -265,6 +247,44 @@ def likelihood_tokens(batch: Batch) -> Mapping[str, Tensor]:
     if "pairs" not in batch:
         return {}
     found = {"tokens_per_pair": batch["lengths"][batch["pairs"][:, 0]].sum()}
+    if "prompts" in batch:
+        found["tokens_per_pair"] = (
+            found["tokens_per_pair"] + batch["lengths"][batch["prompts"]].sum()
+        )
     if "third" in batch:
         found["third_tokens_per_pair"] = batch["lengths"][batch["third"]].sum()
     return found
+
+
+def weigh(
+    combined: Combined,
+    examples: PairLogps | UnpairedLogps,
+    ranks: Any,
+    rates: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The loss of each example, all weights in it, and the losses as metrics.
+
+    Args:
+        combined: The losses.
+        examples: Of :func:`make_examples`.
+        ranks: A :class:`fastpref.ranks.Ranks`; statistics of a batch are over all of them.
+        rates: Likelihood tokens for each example of the accumulation window, by the losses'
+            keyword; None: evaluation, in which losses with a memory learn nothing.
+
+    Returns:
+        Losses ``(B,)``, and by name each loss with a weight of 1.
+    """
+    options: dict[str, Any] = {"update": rates is not None, **(rates or {})}
+    if combined.states and ranks.count > 1:
+        first = getattr(examples, examples.primary)
+        options["gathered"] = combined.state_batch(examples).map(ranks.gather)
+        options["local"] = slice(ranks.index * len(first), (ranks.index + 1) * len(first))
+    terms = combined.terms(examples, **options)
+    if examples.weights is not None:
+        terms = {name: value * examples.weights for name, value in terms.items()}
+    weighted = zip(combined.weights, terms.values(), strict=True)
+    losses = torch.stack([weight * value for weight, value in weighted]).sum(0)
+    found = {"loss": losses.detach()}
+    if len(terms) > 1:
+        found |= {f"loss/{name}": value.detach() for name, value in terms.items()}
+    return losses, {name: (value, torch.ones_like(value)) for name, value in found.items()}

@@ -69,7 +69,7 @@ def pairs_of(rows: int) -> int:
 
 
 def reference_free_dpo(logps: Tensor) -> Tensor:
-    """Mean DPO loss, references 0, of pairs whose chosen responses fill the first half of the rows."""
+    """Mean DPO loss of pairs, references 0; the first half of ``logps`` is the chosen ones'."""
     chosen, rejected = logps.view(2, pairs_of(logps.numel()), -1).sum(-1)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 

@@ -12,7 +12,7 @@ padding cut off) is measured once, by feeding known numbers through the code beh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastpref.data.masks import mask_mod, to_attention_mask
 from fastpref.ops import linear_logprobs
 from fastpref.reference import TokenStats
 
@@ -58,7 +59,7 @@ class LogitTransform:
 _transforms: weakref.WeakKeyDictionary[nn.Module, LogitTransform] = weakref.WeakKeyDictionary()
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The transformers model inside DDP, ``torch.compile``, PEFT and the like; ``model`` itself if
     there is none."""
     while True:
@@ -72,7 +73,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
             return model
 
 
-def output_embedding(model: nn.Module) -> nn.Module:
+def output_embedding(model: nn.Module) -> Any:
     """The module that turns hidden states into logits.
 
     Raises:
@@ -83,13 +84,13 @@ def output_embedding(model: nn.Module) -> nn.Module:
     head = get() if get is not None else None
     if head is None:
         raise TypeError(
-            f"model: {type(inner).__name__} has no output embedding. Expected a causal language model, such as "
-            "AutoModelForCausalLM.from_pretrained(...) returns."
+            f"model: {type(inner).__name__} has no output embedding. Expected a causal language "
+            "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
         )
     return head
 
 
-def read_head(module: nn.Module, hidden: Tensor) -> Head:
+def read_head(module: Any, hidden: Tensor) -> Head:
     """Hidden states, weight and bias whose product is what ``module`` would return, adapters
     included.
 
@@ -113,27 +114,28 @@ def read_head(module: nn.Module, hidden: Tensor) -> Head:
         return _read_lora(module, hidden)
     if hasattr(module, "base_layer"):
         raise TypeError(
-            f"model: the output embedding carries a {type(module).__name__} adapter; only LoRA is supported there. Take "
-            "it out of target_modules, or put the head into modules_to_save."
+            f"model: the output embedding carries a {type(module).__name__} adapter; only LoRA is "
+            "supported there. Take it out of target_modules, or put the head into modules_to_save."
         )
     weight = module.weight
     if not weight.is_floating_point():
         raise TypeError(
-            f"model: the output embedding is quantised ({weight.dtype}). Keep it in floating point, for instance by "
-            "llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig."
+            f"model: the output embedding is quantised ({weight.dtype}). Keep it in floating "
+            "point, for instance by llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig."
         )
     return Head(hidden, weight, getattr(module, "bias", None))
 
 
-def _read_lora(module: nn.Module, hidden: Tensor) -> Head:
+def _read_lora(module: Any, hidden: Tensor) -> Head:
     base = read_head(module.get_base_layer(), hidden)
     if module.disable_adapters or module.merged:
         return base
     active = [name for name in module.active_adapters if name in module.lora_A]
     if any(module.lora_variant.get(name) is not None or module.lora_bias[name] for name in active):
         raise TypeError(
-            "model: the LoRA adapter on the output embedding uses DoRA, a bias or another variant; only plain LoRA is "
-            "supported there. Take the head out of target_modules, or put it into modules_to_save."
+            "model: the LoRA adapter on the output embedding uses DoRA, a bias or another variant; "
+            "only plain LoRA is supported there. Take the head out of target_modules, or put it "
+            "into modules_to_save."
         )
     hidden_columns, weight_columns = [base.hidden], [base.weight]
     for name in active:
@@ -162,7 +164,7 @@ def logit_transform(model: nn.Module) -> LogitTransform:
     return _transforms[inner]
 
 
-def _measure(model: nn.Module, inner: nn.Module) -> LogitTransform:
+def _measure(model: nn.Module, inner: Any) -> LogitTransform:
     small, large = 2.0**-10, 2.0**20
     points = torch.tensor([small, large, *(s * 2.0**k for k in range(-6, 10) for s in (1, -1))])
     fed: list[Tensor] = []
@@ -195,10 +197,11 @@ def _measure(model: nn.Module, inner: nn.Module) -> LogitTransform:
     expected = scale * z if softcap is None else softcap * torch.tanh(scale * z / softcap)
     if not torch.allclose(got, expected, rtol=1e-2, atol=1e-6):
         worst = int((got - expected).abs().flatten().argmax())
+        fed_in, came_out = float(z.flatten()[worst]), float(got.flatten()[worst])
         raise ValueError(
-            f"model: {type(inner).__name__} changes its logits in a way that is neither a scale nor a soft cap: "
-            f"{float(z.flatten()[worst]):g} becomes {float(got.flatten()[worst]):g}. Such a model cannot be trained "
-            "with the fused head."
+            f"model: {type(inner).__name__} changes its logits in a way that is neither a scale "
+            f"nor a soft cap: {fed_in:g} becomes {came_out:g}. "
+            "Such a model cannot be trained with the fused head."
         )
     return LogitTransform(scale, softcap, None if vocab_size == head_size[0] else vocab_size)
 
@@ -215,40 +218,63 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def attention_mask(model: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """The batch's boolean mask as this model's attention wants it.
+Near = Callable[[Tensor, Tensor], Tensor]
 
-    Eager attention adds its mask to the scores, so it gets 0 and the lowest number of its dtype.
-    Layers that see a window or a chunk of the sequence get a mask of their own once a row is longer
-    than that; distances are between positions, so they hold within each packed sequence.
+
+def _limits(config: Any, size: int) -> dict[str, Near | None]:
+    """By kind of layer: whether a query position sees a key position; None: all before it.
+
+    Rows no longer than a window or chunk have no limit.
     """
-    config = causal_lm(model).config.get_text_config()
-    allowed, positions = batch["attention_mask"], batch["position_ids"]
-    size = allowed.shape[-1]
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
-    default = ("sliding_attention",) if window else ("full_attention",)
-    masks = {}
-    for kind in set(getattr(config, "layer_types", None) or default):
-        seen = allowed
-        if kind == "sliding_attention" and window and size > window:
-            seen = allowed & (positions[:, :, None] - positions[:, None, :] < window)[:, None]
-        elif kind == "chunked_attention" and chunk and size > chunk:
-            chunks = positions // chunk
-            seen = allowed & (chunks[:, :, None] == chunks[:, None, :])[:, None]
-        masks[kind] = seen
-    if config._attn_implementation == "eager":
-        dtype = causal_lm(model).dtype
-        masks = {kind: _additive(seen, dtype) for kind, seen in masks.items()}
-    if len({id(seen) for seen in masks.values()}) == 1 or size <= min(
-        window or size, chunk or size
-    ):
+    known: dict[str, Near] = {}
+    if window and size > window:
+        known["sliding_attention"] = lambda query, key: query - key < window
+    if chunk and size > chunk:
+        known["chunked_attention"] = lambda query, key: query // chunk == key // chunk
+    default = ["sliding_attention"] if window else ["full_attention"]
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or default)
+    return {kind: known.get(kind) for kind in kinds}
+
+
+def attention_mask(model: nn.Module, batch: Batch) -> Any:
+    """The mask of a batch as this model's attention wants it.
+
+    Boolean for SDPA, additive for eager attention, blocks for FlexAttention. Layers that see a
+    window or a chunk of the sequence get a mask of their own once a row is longer than that;
+    distances are between positions, so they hold within each packed sequence.
+
+    Raises:
+        ValueError: the model's attention implementation takes no mask of its own.
+    """
+    inner = causal_lm(model)
+    config = inner.config.get_text_config()
+    implementation, positions = config._attn_implementation, batch["position_ids"]
+    make = _block_mask if implementation == "flex_attention" else _dense_mask
+    limits = _limits(config, positions.shape[-1])
+    masks = {near: make(batch, near, implementation, inner.dtype) for near in set(limits.values())}
+    if len(masks) == 1:
         return next(iter(masks.values()))
-    return masks
+    return {kind: masks[near] for kind, near in limits.items()}
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+def _dense_mask(batch: Batch, near: Near | None, implementation: str, dtype: torch.dtype) -> Tensor:
+    allowed, positions = batch["attention_mask"], batch["position_ids"]
+    if near is not None:
+        allowed = allowed & near(positions[:, :, None], positions[:, None, :])[:, None]
+    return to_attention_mask(allowed, implementation, dtype)
+
+
+def _block_mask(batch: Batch, near: Near | None, implementation: str, dtype: torch.dtype) -> Any:
+    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+
+    positions = batch["position_ids"]
+    rule = mask_mod(batch["document_ids"], batch["branch_ids"])
+    if near is not None:
+        rule = and_masks(rule, lambda b, h, q, k: near(positions[b, q], positions[b, k]))
+    rows, size = positions.shape
+    return create_block_mask(rule, rows, None, size, size, device=str(positions.device))
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

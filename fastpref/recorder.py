@@ -12,7 +12,6 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -21,26 +20,8 @@ from transformers import (
 from fastpref.plots import draw_curves, read_metrics
 
 
-class Recorder(TrainerCallback):
-    """Writes ``config.yaml`` when training begins; the trainer itself writes ``metrics.jsonl``."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        """A recorder; ``config`` is what ``config.yaml`` shall hold."""
-        self.config = config
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write ``config.yaml``."""
-        if state.is_world_process_zero:
-            directory = Path(args.output_dir or "")
-            directory.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self.config, sort_keys=True, allow_unicode=True)
-            (directory / "config.yaml").write_text(text, encoding="utf-8")
-
-
 class Progress(ProgressCallback):
-    """transformers' progress bar with loss and margin beside it, instead of every metric in print."""
+    """transformers' progress bar, with loss and margin beside it instead of every metric."""
 
     def on_log(
         self,
@@ -56,13 +37,21 @@ class Progress(ProgressCallback):
             for name, key in (("loss", "loss"), ("margin", "rewards/margins"))
             if logs and key in logs
         }
-        if self.training_bar is not None and shown:
-            self.training_bar.set_postfix(shown)
+        bar: Any = self.training_bar
+        if bar is not None and shown:
+            bar.set_postfix(shown)
 
 
 def record(trainer: Trainer, config: dict[str, Any]) -> None:
-    """Give a trainer the recorder, with what ``config.yaml`` shall hold, and the quiet bar."""
-    trainer.add_callback(Recorder(config))
+    """Write a run's ``config.yaml``, and give its trainer the quiet progress bar.
+
+    The trainer itself writes ``metrics.jsonl``.
+    """
+    if trainer.is_world_process_zero():
+        directory = Path(trainer.args.output_dir or "")
+        directory.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
+        (directory / "config.yaml").write_text(text, encoding="utf-8")
     if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
         trainer.add_callback(Progress())
 

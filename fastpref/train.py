@@ -67,8 +67,9 @@ class _Parser(HfArgumentParser):
     """The flags of the three dataclasses; a wrong value raises instead of printing 150 flags."""
 
     def __init__(self) -> None:
+        kinds: Any = (ScriptArguments, ModelArguments, PreferenceConfig)
         super().__init__(
-            (ScriptArguments, ModelArguments, PreferenceConfig),
+            kinds,
             prog="fastpref train",
             usage=USAGE,
             allow_abbrev=False,
@@ -174,7 +175,9 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
         )
 
     options = resolved(data, model, config)
-    config.model_init_kwargs = _model_init_kwargs(model) | dict(config.model_init_kwargs or {})
+    options.pop("resume_from_checkpoint", None)
+    given: Any = config.model_init_kwargs or {}
+    config.model_init_kwargs = _model_init_kwargs(model) | given
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         ref_model=model.ref_model_name_or_path,
@@ -191,6 +194,14 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
     record(trainer, options)
     try:
         trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    except KeyboardInterrupt as stop:
+        if not str(stop):  # interrupted twice: nothing was saved
+            raise
+        again = f"fastpref train --config {config.output_dir}/config.yaml"
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step} and saved; this goes on:\n"
+            f"  {again} --resume_from_checkpoint true"
+        ) from None
     finally:
         draw_run(Path(config.output_dir or ""))
     trainer.save_model()

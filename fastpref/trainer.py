@@ -20,13 +20,14 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from fastpref import checkpoint
-from fastpref.batches import TrainerCollator, columns_of, make_collator, prepare_dataset
-from fastpref.config import DPOConfig, PreferenceConfig
+from fastpref.batches import TrainerCollator, columns_of, count, make_collator, prepare_dataset
+from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
-from fastpref.models import add_adapter, load_model, without_dropout
-from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses
+from fastpref.models import prepare_policy, without_dropout
+from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses, weigh
 from fastpref.policy import Batch, causal_lm, response_logps
+from fastpref.ranks import Ranks
 from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
 
 logger = logging.getLogger("fastpref")
@@ -62,6 +63,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
     config_class: type[PreferenceConfig] = PreferenceConfig
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -91,8 +94,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.combined = make_losses(args)
         if args.beta is not None:
             self.combined.beta = args.beta
-        set_seed(args.seed)  # a fresh adapter's weights are drawn in _policy
-        model = _policy(model, args, quantization_config, peft_config)
+        set_seed(args.seed)  # a fresh adapter's weights are drawn in the next line
+        model = prepare_policy(model, args, quantization_config, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 causal_lm(model).config._name_or_path, trust_remote_code=args.trust_remote_code
@@ -116,12 +119,13 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         elif eval_dataset is not None:
             eval_dataset = self._prepared(eval_dataset, "eval")
         if data_collator is None:
-            kind, needs = self.combined.kind, self.combined.needs
-            data_collator = make_collator(args, self._tokenizer, kind, needs)
+            data_collator = make_collator(args, self._tokenizer, self.combined, model)
         super().__init__(
             model=model,
             args=args,
-            data_collator=TrainerCollator(data_collator, self.combined.kind),
+            data_collator=TrainerCollator(
+                data_collator, self.combined.kind, prompts="prompt" in self.combined.needs
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -135,8 +139,12 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 "`torchrun`, or show one GPU by CUDA_VISIBLE_DEVICES"
             )
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
-        self.head_options = {"backend": args.backend, "memory_budget": args.head_memory_budget}
+        self.head_options: dict[str, Any] = {
+            "backend": args.backend,
+            "memory_budget": args.head_memory_budget,
+        }
         self.run_id = uuid.uuid4().hex
+        self.ranks = Ranks(self.accelerator)
         self.meter, self.eval_meter = Meter(), Meter()
         self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         self.loop = Loop(self)
@@ -194,42 +202,16 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             )
         return self.accelerator.prepare_model(model, evaluation_mode=True)  # type: ignore[no-any-return]
 
-    # Ranks
-
-    def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over ranks."""
-        if self.accelerator.num_processes == 1:
-            return x
-        return self.accelerator.reduce(x, "sum")  # type: ignore[no-any-return]
-
-    def gather_objects(self, items: list[Any]) -> list[Any]:
-        """The lists of all ranks, joined."""
-        if self.accelerator.num_processes == 1:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)  # type: ignore[no-any-return]
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """A tensor of each rank, one after the other; lengths may differ."""
-        length = torch.tensor([x.shape[-1]], device=x.device)
-        lengths = self.accelerator.gather(length).tolist()
-        padded = nn.functional.pad(x, (0, max(lengths) - x.shape[-1]))
-        parts = self.accelerator.gather(padded[None])
-        return torch.cat([part[..., :n] for part, n in zip(parts, lengths, strict=True)], -1)
-
     # Losses
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """Of an accumulation window over all ranks: examples, and likelihood tokens for each."""
         if not batch_samples:
             return None
-        found = [{"examples": _size(b), **likelihood_tokens(b)} for b in batch_samples]
-        counts = [
-            torch.stack([torch.as_tensor(n, device=device) for n in each.values()])
-            for each in found
-        ]
-        examples, *tokens = self.sum_over_ranks(torch.stack(counts).sum(0).double()).unbind()
+        found = [{"examples": count(b), **likelihood_tokens(b)} for b in batch_samples]
+        numbers = [[torch.as_tensor(n, device=device) for n in each.values()] for each in found]
+        totals = torch.stack([torch.stack(row) for row in numbers]).sum(0).double()
+        examples, *tokens = self.ranks.sum(totals).unbind()
         rates = zip(list(found[0])[1:], tokens, strict=True)
         return {"examples": examples, "rates": {name: n / examples for name, n in rates}}
 
@@ -240,25 +222,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         reference = self.reference.token_logps(model, batch)
         policy = response_logps(model, batch, return_stats=True, **self.head_options)
         examples = make_examples(self.combined, batch, policy, reference, self.args.ld_alpha)
-        gathered, local = None, slice(None)
-        if self.combined.states and self.accelerator.num_processes > 1:
-            gathered = self.combined.state_batch(examples).map(self._gather)
-            first = self.accelerator.process_index * _size(batch)
-            local = slice(first, first + _size(batch))
-        training = rates is not None
-        terms = self.combined.terms(
-            examples, gathered=gathered, local=local, update=training, **(rates or {})
-        )
-        if examples.weights is not None:
-            terms = {name: value * examples.weights for name, value in terms.items()}
-        weighted = zip(self.combined.weights, terms.values(), strict=True)
-        losses = torch.stack([weight * value for weight, value in weighted]).sum(0)
-        rows = {"loss": losses.detach()} | (
-            {f"loss/{name}": value.detach() for name, value in terms.items()}
-            if len(terms) > 1
-            else {}
-        )
-        metrics = {name: (value, torch.ones_like(value)) for name, value in rows.items()}
+        losses, metrics = weigh(self.combined, examples, self.ranks, rates)
         metrics |= example_rows(examples, batch, policy, reference, self.combined.beta)
         return losses, examples, metrics
 
@@ -270,7 +234,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """A micro-batch's share of the loss of its accumulation window."""
-        window = num_items_in_batch or {"examples": torch.tensor(float(_size(inputs))), "rates": {}}
+        window = num_items_in_batch or {"examples": torch.tensor(float(count(inputs))), "rates": {}}
         losses, examples, metrics = self._losses(model, inputs, window["rates"])
         unknown = torch.full_like(losses, -1, dtype=torch.int64)
         self.loop.note(inputs.get("example_ids", unknown), losses)
@@ -287,7 +251,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds a batch to the evaluation; its log-probabilities if ``compute_metrics`` wants them."""
+        """Adds a batch to the evaluation; log-probabilities if ``compute_metrics`` wants them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, examples, metrics = self._losses(model, inputs, None)
@@ -304,7 +268,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
         place = torch.arange(size, device=self.accelerator.device)
-        return place + self.accelerator.process_index * size < state.remainder
+        counted: Tensor = place + self.accelerator.process_index * size < state.remainder
+        return counted
 
     # Metrics
 
@@ -337,7 +302,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        found = self.eval_meter.read(self.sum_over_ranks, rates=False)
+        found = self.eval_meter.read(self.ranks.sum, rates=False)
         output.metrics.update({f"{metric_key_prefix}_{key}": x for key, x in found.items()})
         self.meter.skip(time.perf_counter() - started)
         return output
@@ -345,7 +310,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the metrics since the last time beside a training loss."""
         if "loss" in logs:
-            logs.update({**self.meter.read(self.sum_over_ranks), **logs})
+            logs.update({**self.meter.read(self.ranks.sum), **logs})
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})
@@ -428,37 +393,25 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.meter.skip(time.perf_counter() - started)
 
 
-def _policy(model: Any, args: PreferenceConfig, quantization_config: Any, peft_config: Any) -> Any:
-    """The model to train: loaded, with its adapter."""
-    if isinstance(model, str):
-        frozen = peft_config is not None
-        model = load_model(model, args, frozen=frozen, quantization_config=quantization_config)
-    elif quantization_config is not None:
-        raise ValueError(
-            "quantization_config is for a model given by name; this one is loaded already"
-        )
-    elif args.model_init_kwargs:
-        logger.warning("model_init_kwargs has no effect: the model is loaded already")
-    if peft_config is not None:
-        model = add_adapter(model, peft_config)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "model: no parameter is trainable. Load the adapter with is_trainable=True, or give a "
-            "peft_config"
-        )
-    if hasattr(model, "peft_config") and (args.gradient_checkpointing_kwargs or {}).get(
-        "use_reentrant"
-    ):
-        model.enable_input_require_grads()  # else nothing before the adapters asks for a gradient
-    return model
-
-
-def _size(batch: Batch) -> int:
-    """Number of examples."""
-    return int(batch["pairs"].shape[0] if "pairs" in batch else batch["label"].shape[0])
-
-
 class DPOTrainer(PreferenceTrainer):
     """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``DPOTrainer``."""
 
     config_class = DPOConfig
+
+
+class KTOTrainer(PreferenceTrainer):
+    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``KTOTrainer``."""
+
+    config_class = KTOConfig
+
+
+class CPOTrainer(PreferenceTrainer):
+    """:class:`PreferenceTrainer` with the options of TRL 1.16's ``CPOTrainer``."""
+
+    config_class = CPOConfig
+
+
+class ORPOTrainer(PreferenceTrainer):
+    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``ORPOTrainer``."""
+
+    config_class = ORPOConfig

@@ -53,7 +53,7 @@ def tanh(x):
 
 @triton.jit
 def logit(x, bias, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """``cap(scale * (x + bias))`` of a raw dot product, ``cap(z) = softcap * tanh(z / softcap)``."""
+    """``cap(scale * (x + bias))`` of a dot product x, ``cap(z) = softcap * tanh(z / softcap)``."""
     if HAS_BIAS:
         x += bias
     x *= tl.cast(scale, x.dtype)

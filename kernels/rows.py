@@ -22,7 +22,8 @@ def scale_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     f = tl.load(factor + row)
-    values = tl.load(x + row * x_stride + at, mask=(at < HIDDEN) & (f != 0.0), other=0.0)
+    end = tl.where(f == 0.0, 0, HIDDEN)
+    values = tl.load(x + row * x_stride + at, mask=at < end, other=0.0)
     scaled = (f * values.to(f.dtype)).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + at, scaled, mask=at < HIDDEN)
 
@@ -43,12 +44,12 @@ def add_target_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """``out[t - start] += sum of factor[i] * x[i] over targets[i] == t``, one program a run of equal
-    targets and block of columns.
+    """``out[targets[i] - start] += factor[i] * x[i]``, one program a run of equal targets and a
+    block of columns.
 
-    ``order`` sorts the targets, equal ones by row. The program at the first place of a run owns that
-    row of out, alone, and adds the run up in order, BLOCK_R rows at a time: no atomics, the same
-    bits every time, nothing counted on the host. The programs at later places, and those whose
+    ``order`` sorts the targets, equal ones by row. The program at the first place of a run owns
+    that row of out, alone, and adds the run up in order, BLOCK_R rows at a time: no atomics, the
+    same bits every time, nothing counted on the host. The programs at later places, and those whose
     target is outside the tile, read two targets and end.
 
     Traffic: each row of x inside the tile once, each touched row of out read and written once.

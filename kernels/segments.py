@@ -124,7 +124,7 @@ def pair_margins_backward_kernel(
     n: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Gradient on each token, one program a sequence; one more writes the zeros outside all of them.
+    """Gradient on each token, one program a sequence; one more writes the zeros outside them all.
 
     A program looks through all pairs for its sequence, in order, in float64, and writes its tokens
     once: a sequence may sit in any number of pairs, and nothing is added by atomics. That is S P

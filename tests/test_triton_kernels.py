@@ -31,6 +31,8 @@ on_device = pytest.mark.parametrize(
     "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=GPU)]
 )
 INF, NAN = math.inf, math.nan
+# The interpreter cuts fp32 to bf16 where hardware rounds.
+ROUNDING = 1.0 if INTERPRETED else 0.5
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
@@ -131,6 +133,7 @@ class Truth:
         lse = self.z.logsumexp(-1)
         slope = 1.0 - (self.z[rows, y] / softcap) ** 2 if softcap else torch.ones_like(lse)
         self.q = (torch.exp(others.logsumexp(-1) - lse) * slope + blank).masked_fill(ignored, 0.0)
+        self.flat = float(softcap > 0)
         hidden = draw @ weight.double()
         self.hidden_grad = (hidden + blank[:, None]).masked_fill(ignored[:, None], 0.0)
         p = all_logps.detach().exp()
@@ -146,7 +149,7 @@ class Truth:
         self.stats = stats.masked_fill(ignored, 0.0)
 
 
-def assert_close(got: Tensor, truth: Tensor, relative: float, absolute: float, what: str) -> None:
+def assert_close(got, truth, relative, absolute, what: str) -> None:
     got, truth = got.double(), truth.double().expand_as(got)
     same = (got == truth) | (got.isnan() & truth.isnan())
     wrong = ~(same | ((got - truth).abs() <= relative * truth.abs() + absolute))
@@ -166,13 +169,14 @@ def check(kernels, raw, targets, tiles, **options) -> Rows:
     size = 1.0 + truth.z.abs().nan_to_num(0, 0, 0).amax(1)  # of the logits whose difference counts
     assert_close(got.logp, truth.logp, 2 * eps, eps, "logp")
     a = (size * eps)[:, None]
-    assert_close(got.q, truth.q, 2e-12 if wide else 2e-5, 0.0, "q")
-    assert bool(((got.q - truth.q).abs() <= (2 * eps * size) * truth.q.abs()).logical_or(
-        got.q.isnan() | (got.q == truth.q)).all()), "q"
-    rounded = eps if low is None else torch.finfo(low).eps
+    # the slope of the cap, 1 - t^2, keeps the absolute precision of t
+    assert_close(got.q, truth.q, 0.0, 2 * a[:, 0] * truth.q.abs() + truth.flat * 4 * eps, "q")
+    rounded = eps if low is None else ROUNDING * torch.finfo(low).eps
     if got.hidden_grad is not None:
         largest = got.weight.double().abs().max() * (1.0 if low is None else 2.0)
-        assert_close(got.hidden_grad, truth.hidden_grad, 0.0, (rounded * 8 + a) * largest, "dhidden")
+        assert_close(
+            got.hidden_grad, truth.hidden_grad, 0.0, (rounded * 8 + a) * largest, "dhidden"
+        )
     if got.stats is not None:
         for i, name in enumerate(("entropy", "lse", "top1", "logit_mean", "log_sum_sq_probs")):
             assert_close(got.stats[i], truth.stats[i], 4 * eps, 8 * eps * size.max(), name)
@@ -182,11 +186,11 @@ def check(kernels, raw, targets, tiles, **options) -> Rows:
             continue
         e = torch.exp(truth.z[:, v0:v1] - offset.double()[:, None])
         e = torch.where(truth.z[:, v0:v1] == -INF, 0.0, e)
+        e = torch.where((local[v0:v1] == targets[:, None]) | ~counts[:, None], 0.0, e)
+        allowed = (a + 4 * eps * truth.flat) * e + (6e-8 if low == torch.float16 else 1e-38)
         if options.get("softcap"):
             e = e * (1.0 - (truth.z[:, v0:v1] / options["softcap"]) ** 2)
-        e = torch.where((local[v0:v1] == targets[:, None]) | ~counts[:, None], 0.0, e)
-        tiny = 1e-38 if low != torch.float16 else 6e-8
-        assert_close(g, e, 0.0, rounded * e + a * e + tiny, f"G of {v0}:{v1}")
+        assert_close(g, e, rounded, allowed, f"G of {v0}:{v1}")
     assert_close(got.state[0][counts], truth.maximum[counts], 2 * eps, eps, "M")
     return got
 
@@ -248,7 +252,7 @@ def test_softcap_is_exact_for_small_and_large_logits(kernels, device):
     raw = torch.cat([x, -x])[None].float().to(device)
     raw = torch.cat([raw, torch.tensor([[INF, -INF, 0.0]], device=device)], 1)
     for sign in (0, 400):  # the target's logit is stored as it is: walk it over the row
-        for j in range(0, 400, 13):
+        for j in range(0, 400, 37):
             state = new_state(1, torch.float32, device)
             target = torch.tensor([sign + j], device=device)
             tile = raw.clone()
@@ -423,7 +427,8 @@ def test_scale_rows(kernels, device, hidden, dtype):
         kernels.scale_rows_(out, x, factor)
         truth = factor[:, None] * x.to(factor.dtype)
         truth[2:4] = 0.0
-        assert torch.equal(out.nan_to_num(7), truth.to(out_dtype).nan_to_num(7))
+        eps = 0.0 if out_dtype == factor.dtype else ROUNDING * torch.finfo(dtype).eps
+        assert_close(out, truth, eps, 0.0, "out")
 
 
 @on_device
@@ -463,7 +468,7 @@ def test_segment_sum(kernels, device, bounds, dtype):
     got = kernels.segment_sum(values, cu)
     truth = [values[a:b].double().sum() for a, b in itertools.pairwise(bounds)]
     assert got.dtype == dtype
-    assert got.tolist() == torch.tensor(truth, dtype=torch.float64).to(dtype).tolist()
+    assert_close(got, torch.tensor(truth, dtype=torch.float64).to(dtype), 1e-15, 0.0, "sums")
     grad = torch.randn(len(bounds) - 1, dtype=dtype, device=device)
     back = torch.zeros(n, dtype=dtype, device=device)
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):

@@ -5,9 +5,6 @@
 namespace fastpref {
 namespace {
 
-constexpr int kLane = 8;  // columns of a thread: 16 bytes of bf16, 32 of fp32
-constexpr int kMaxThreads = 256;
-
 template <class c>
 struct Combine {
   Matrix state, acc, weight, hidden_grad, stats;
@@ -26,7 +23,7 @@ struct Combine {
 // Why this shape: rows of weight are gathered, so a row is the unit; two vectors a thread at
 // H = 4,096 keep many loads in flight.
 template <class c>
-__global__ void __launch_bounds__(kMaxThreads) combine_kernel(const Combine<c> a) {
+__global__ void __launch_bounds__(kRowThreads) combine_kernel(const Combine<c> a) {
   const int64_t i = blockIdx.x, y = a.targets[i];
   const auto state = [&](int k) { return *static_cast<const c*>(a.state.at(k, i)); };
   Finished<c> f{};
@@ -42,14 +39,15 @@ __global__ void __launch_bounds__(kMaxThreads) combine_kernel(const Combine<c> a
     }
   }
   const bool inside = y >= 0 && y < a.weight.rows;
-  for (int64_t col = threadIdx.x * kLane; col < a.hidden_grad.cols; col += blockDim.x * kLane) {
-    c gradient[kLane], weight[kLane], acc[kLane];
+  for (int64_t col = threadIdx.x * kRowLane; col < a.hidden_grad.cols;
+       col += blockDim.x * kRowLane) {
+    c gradient[kRowLane], weight[kRowLane], acc[kRowLane];
     if (inside) {
       load(weight, a.weight, y, col);
-      load(acc, static_cast<const c*>(a.acc.at(i, col)), a.acc.cols - col);
+      load(acc, static_cast<const c*>(a.acc.at(i, col)), static_cast<int>(a.acc.cols - col));
     }
 #pragma unroll
-    for (int e = 0; e < kLane; ++e) {
+    for (int e = 0; e < kRowLane; ++e) {
       const c outside = y < 0 ? c(0) : std::numeric_limits<c>::quiet_NaN();
       gradient[e] = inside ? hidden_gradient(weight[e], acc[e], a.scale, f.q, f.coef) : outside;
     }
@@ -86,7 +84,7 @@ void combine(const Tensor& state, const Tensor& targets, int64_t vocab_size, dou
                                vector<c>(logp, "logp", n),
                                vector<c>(q, "q", n),
                                vector<c>(coef, "coef", n)};
-    launch(combine_kernel<c>, n, threads_for(ceil_div(h.cols, kLane), kMaxThreads), 0, arguments);
+    launch(combine_kernel<c>, n, row_threads(h.cols), 0, arguments);
   });
 }
 

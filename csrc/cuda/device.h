@@ -14,6 +14,10 @@ namespace fastpref {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
+// A kernel over rows of a model's width: columns of a thread (16 bytes of bf16, 32 of fp32) and
+// threads of a block.
+inline constexpr int kRowLane = 8, kRowThreads = 256;
+
 // Sized by the launch.
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
@@ -116,7 +120,7 @@ __device__ __forceinline__ void reduce_warp(c (&x)[k], const Op& op) {
 template <int k, class c, class Op>
 __device__ __forceinline__ void reduce_block(c (&x)[k], c (&partial)[k][kWarp], const Op& op,
                                              c neutral) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   reduce_warp(x, op);
 #pragma unroll
   for (int i = 0; i < k; ++i) {
@@ -125,7 +129,8 @@ __device__ __forceinline__ void reduce_block(c (&x)[k], c (&partial)[k][kWarp], 
   __syncthreads();
   if (warp > 0) return;
 #pragma unroll
-  for (int i = 0; i < k; ++i) x[i] = lane < blockDim.x / kWarp ? partial[i][lane] : neutral;
+  for (int i = 0; i < k; ++i)
+    x[i] = lane < static_cast<int>(blockDim.x) / kWarp ? partial[i][lane] : neutral;
   reduce_warp(x, op);
 }
 

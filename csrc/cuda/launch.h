@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "../tensors.h"
+#include "device.h"
 
 namespace fastpref {
 
@@ -20,6 +21,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Threads of a block, whole warps and at most `limit`, for a row of `items`.
 constexpr int threads_for(int64_t items, int limit) {
   return static_cast<int>(std::clamp<int64_t>(ceil_div(items, 32) * 32, 32, limit));
+}
+
+// Threads of a block on a row of a model's width.
+constexpr int row_threads(int64_t width) {
+  return threads_for(ceil_div(width, kRowLane), kRowThreads);
 }
 
 // Makes the device of `first` current while it lives; the other tensors must be there too.

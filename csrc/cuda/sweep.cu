@@ -29,7 +29,19 @@ constexpr Shape shape_for(int64_t width, int64_t item_bytes, int64_t shared_limi
 }
 
 constexpr int64_t kStatic = 4 << 10;  // shared memory beside the row, at most
-constexpr int64_t kHopper = 227 << 10, kConsumer = 99 << 10;  // shared memory a block may ask for
+constexpr int64_t kHopper = (227 << 10) - kStatic, kConsumer = (99 << 10) - kStatic;
+constexpr bool cut(int64_t width, int64_t item_bytes, int64_t limit, int64_t slice, int64_t slices,
+                   int threads) {
+  const Shape s = shape_for(width, item_bytes, limit);
+  return s.width == slice && s.slices == slices && s.threads == threads;
+}
+static_assert(cut(32768, 4, kHopper, 32768, 1, 512));
+static_assert(cut(8192, 4, kHopper, 8192, 1, 128));
+static_assert(cut(8193, 4, kHopper, 10240, 1, 160));
+static_assert(cut(50, 4, kHopper, 2048, 1, 32));
+static_assert(cut(32769, 4, kHopper, 18432, 2, 288));
+static_assert(cut(32768, 8, kHopper, 16384, 2, 512));
+static_assert(cut(32768, 4, kConsumer, 16384, 2, 256));
 
 template <class c>
 struct Sweep {
@@ -42,40 +54,66 @@ struct Sweep {
   bool only_raise;  // M and acc alone
 };
 
-// One thread's share of a row: every warp holds a run of columns, and of each 32 vectors of 16 bytes
-// a lane has one. So vectors of a thread are a constant apart, and one address leads to them all.
+// One thread's share of a row: every warp holds a run of columns, and of each 32 vectors of 16
+// bytes a lane has one. So the vectors of a thread are constants apart, and one address leads to
+// them all.
 template <class c>
 struct Share {
   static constexpr int kLane = 16 / sizeof(c);
+  using Values = c[kVectors][kLane];
 
-  static __device__ int column(int vector) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
-    return ((warp * kVectors + vector) * kWarp + lane) * kLane;
+  int first, rest;  // its first column, and the columns from there to the end of the row
+
+  // The barrier keeps the compiler from holding all that follows from `first` in registers.
+  __device__ explicit Share(int64_t width) {
+    const int thread = static_cast<int>(threadIdx.x);
+    first = (thread / kWarp * kVectors * kWarp + thread % kWarp) * kLane;
+    asm volatile("" : "+r"(first));
+    rest = static_cast<int>(width) - first;
   }
 
-  // Where this thread keeps its share of the coming row. No other thread looks there.
-  static __device__ c* staged(int vector) {
-    return reinterpret_cast<c*>(dynamic_shared) + column(vector);
+  static constexpr int offset(int vector) { return vector * kWarp * kLane; }
+  static constexpr int kSpan = (kVectors - 1) * kWarp * kLane + kLane;
+
+  // Where this thread keeps its share of the coming row; no other thread looks there.
+  __device__ c* staged() const { return reinterpret_cast<c*>(dynamic_shared) + first; }
+
+  // A vector of the row fetched last, once that has arrived.
+  __device__ __forceinline__ void take(c (&to)[kLane], int vector) const {
+    const auto pack = *reinterpret_cast<const Pack<c, kLane>*>(staged() + offset(vector));
+#pragma unroll
+    for (int e = 0; e < kLane; ++e) to[e] = pack.v[e];
+  }
+
+  // Calls f(vector, count, at + its offset) for every vector, of which `count` elements exist. One
+  // test decides for all of them whether they are whole and aligned.
+  template <class T, class F>
+  __device__ __forceinline__ void each(T* at, const F& f) const {
+    if (Pack<T, kLane>::fits(at, rest - offset(kVectors - 1))) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) f(k, kLane, at + offset(k));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) f(k, rest - offset(k), at + offset(k));
+    }
   }
 
   // Starts the copy of a row to shared memory.
-  static __device__ void fetch(const c* row, int width) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const int count = width - column(k);
-      const c* from = row + column(k);
-      if (Pack<c, kLane>::fits(from, count)) {
-        __pipeline_memcpy_async(staged(k), from, 16);
-      } else {
-        for (int e = 0; e < kLane; ++e) {
-          if (e < count) {
-            __pipeline_memcpy_async(staged(k) + e, from + e, sizeof(c));
-          } else {
-            staged(k)[e] = c(0);
-          }
+  __device__ void fetch(const c* row) const {
+    each(row + first, [&](int k, int count, const c* from) {
+      c* const to = staged() + offset(k);
+      if (Pack<const c, kLane>::fits(from, count)) {
+        __pipeline_memcpy_async(to, from, 16);
+        return;
+      }
+      for (int e = 0; e < kLane; ++e) {
+        if (e < count) {
+          __pipeline_memcpy_async(to + e, from + e, sizeof(c));
+        } else {
+          to[e] = c(0);
         }
       }
-    }
+    });
     __pipeline_commit();
   }
 };
@@ -91,36 +129,41 @@ struct Shared {
 // z of this thread's share of the row fetched last, and their sum. The target's column and what
 // lies past the end of the row become -inf, whose E is 0.
 template <class c, bool kCapped>
-__device__ __forceinline__ c read_logits(c (&z)[kVectors][Share<c>::kLane], const Sweep<c>& a,
-                                         int64_t i, int64_t local) {
+__device__ __forceinline__ c read_logits(typename Share<c>::Values& z, const Share<c>& share,
+                                         const Sweep<c>& a, int64_t i, int64_t local) {
   constexpr int kLane = Share<c>::kLane;
-  int width = static_cast<int>(a.tile.cols);
-  asm volatile("" : "+r"(width));
   const c inverse = kCapped ? c(1) / a.softcap : c(0);
   c sum = 0;
   __pipeline_wait_prior(0);
 #pragma unroll
+  for (int k = 0; k < kVectors; ++k) share.take(z[k], k);
+  if (a.bias != nullptr) {
+    share.each(a.bias + share.first, [&](int k, int count, const c* from) {
+      c bias[kLane];
+      load(bias, from, count);
+#pragma unroll
+      for (int e = 0; e < kLane; ++e) z[k][e] += bias[e];
+    });
+  }
+#pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int column = Share<c>::column(k);
-    c x[kLane], bias[kLane] = {};
-    load(x, Share<c>::staged(k), kLane);
-    if (a.bias != nullptr) load(bias, a.bias + column, width - column);
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
-      z[k][e] = logit<c, kCapped>(x[e], bias[e], a.scale, a.softcap, inverse);
+      z[k][e] = logit<c, kCapped>(z[k][e], c(0), a.scale, a.softcap, inverse);
       sum += z[k][e];
     }
   }
-  const int target = local >= 0 && local < width ? static_cast<int>(local) : -1;
-  const int first = Share<c>::column(0), last = Share<c>::column(kVectors - 1) + kLane;
-  if (last <= width && (target < first || target >= last)) return sum;
+  const int target = local >= 0 && local < a.tile.cols ? static_cast<int>(local) : -1;
+  const bool mine = target >= share.first && target < share.first + Share<c>::kSpan;
+  if (share.rest >= Share<c>::kSpan && !mine) return sum;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
     for (int e = 0; e < kLane; ++e) {
-      const int column = Share<c>::column(k) + e;
-      if (column == target) *static_cast<c*>(a.state.at(2, i)) = z[k][e];
-      if (column == target || column >= width) z[k][e] = -std::numeric_limits<c>::infinity();
+      const int offset = Share<c>::offset(k) + e;
+      const bool hit = offset == target - share.first;
+      if (hit) *static_cast<c*>(a.state.at(2, i)) = z[k][e];
+      if (hit || offset >= share.rest) z[k][e] = -std::numeric_limits<c>::infinity();
     }
   }
   return sum;
@@ -128,8 +171,8 @@ __device__ __forceinline__ c read_logits(c (&z)[kVectors][Share<c>::kLane], cons
 
 // Raises M to the maximum of the block's z. Returns the factor of acc.
 template <class c, int kSums>
-__device__ __forceinline__ c raise_row(const c (&z)[kVectors][Share<c>::kLane],
-                                       Shared<c, kSums>& shared, Row<c> row) {
+__device__ __forceinline__ c raise_row(const typename Share<c>::Values& z, Shared<c, kSums>& shared,
+                                       Row<c> row) {
   c highest[1] = {-std::numeric_limits<c>::infinity()};
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
@@ -160,8 +203,8 @@ __device__ __forceinline__ void scale_acc(const Matrix& acc, int64_t i, c factor
 
 // z becomes G = E * slope of the cap. To `sums`: E, and with statistics E (z - M) and E^2.
 template <class c, bool kCapped, int kSums>
-__device__ __forceinline__ void exponentials(c (&z)[kVectors][Share<c>::kLane], c (&sums)[kSums],
-                                             c max, c softcap) {
+__device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&sums)[kSums], c max,
+                                             c softcap) {
   const c shift = shift_of(max), inverse = kCapped ? c(1) / softcap : c(0);
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
@@ -183,10 +226,10 @@ __device__ __forceinline__ void exponentials(c (&z)[kVectors][Share<c>::kLane], 
 // sweep_ of one slice of a tile, as RowKernels.sweep_ in fastpref/backends/__init__.py defines it.
 //
 // One thread block: one row after the other, every gridDim.x-th. The row's logits stay in
-// registers, 128 bytes a thread, from the read to the write; the next row is copied to shared
-// memory meanwhile, so that memory does not wait for the arithmetic, which takes about as long.
+// registers, 256 bytes a thread, from the read to the write; the next row is copied to shared
+// memory meanwhile, so that memory does not wait for the arithmetic.
 // Bytes: n * w * sizeof(c) read, n * w * sizeof(out) written; acc read and written where M grew.
-// Why this shape: 1,024 threads hold a row of 32,768 fp32 in half of a multiprocessor's registers,
+// Why this shape: 512 threads hold a row of 32,768 fp32 in half of a multiprocessor's registers,
 // and the row after it in 128 KiB of shared memory; three barriers a row. A narrower row takes
 // fewer threads, and more blocks share a multiprocessor.
 template <class c, bool kCapped, bool kStats>
@@ -195,7 +238,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a)
   __shared__ Shared<c, kSums> shared;
   const bool first = threadIdx.x == 0;
   const auto fetch = [&](int64_t i, int64_t target) {
-    if (target >= 0) Share<c>::fetch(static_cast<const c*>(a.tile.at(i)), static_cast<int>(a.tile.cols));
+    if (target >= 0) Share<c>(a.tile.cols).fetch(static_cast<const c*>(a.tile.at(i)));
   };
   int64_t target = a.targets[blockIdx.x];
   fetch(blockIdx.x, target);
@@ -203,7 +246,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a)
     next = i + gridDim.x;
     next_target = next < a.tile.rows ? a.targets[next] : -1;
     const auto state = [&](int k) -> c& { return *static_cast<c*>(a.state.at(k, i)); };
-    c z[kVectors][Share<c>::kLane] = {};  // an ignored row's G
+    const Share<c> share(a.tile.cols);
+    typename Share<c>::Values z = {};  // an ignored row's G
     if (target < 0) {
       fetch(next, next_target);
     } else {
@@ -213,7 +257,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a)
         if (kStats) row.logits = state(3), row.weighted = state(4), row.squares = state(5);
       }
       c sums[kSums] = {};
-      const c logits = read_logits<c, kCapped>(z, a, i, target - a.start);
+      const c logits = read_logits<c, kCapped>(z, share, a, i, target - a.start);
       const c shrink = raise_row(z, shared, row);
       fetch(next, next_target);
       if (a.acc && shrink != c(1)) scale_acc(a.acc, i, shrink);
@@ -234,13 +278,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a)
     if (first && a.offset != nullptr) a.offset[i] = state(0);
     if (!a.out) continue;
     with_stored_type(a.out.dtype, [&](auto* type) {
-int width = static_cast<int>(a.out.cols);
-  asm volatile("" : "+r"(width));
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const int column = Share<c>::column(k);
-        store(static_cast<decltype(type)>(a.out.at(i)) + column, z[k], width - column);
-      }
+      auto* const to = static_cast<decltype(type)>(a.out.at(i));
+      share.each(to + share.first, [&](int k, int count, auto* at) { store(at, z[k], count); });
     });
   }
 }

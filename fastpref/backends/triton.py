@@ -23,6 +23,10 @@ from fastpref.kernels.sweep import sweep_kernel
 
 WIDEST_HELD = 32768
 """Columns of an fp32 row that fit the registers of one program; wider rows are walked twice."""
+UNFUSED = {"enable_fp_fusion": False}
+"""No ``a * b + c`` becomes one instruction unless it is written so: the compiler would choose
+differently in each variant of a kernel, and log-probabilities would differ in their last bit
+between a policy, which wants gradients and statistics, and its reference, which wants neither."""
 RUN_BLOCK = 4
 """Rows with the same target that are read at once."""
 SEGMENT_BLOCK = 1024
@@ -77,7 +81,6 @@ def sweep_(
     n, width = tile.shape
     if n == 0:
         return
-    hidden = 0 if acc is None else acc.shape[1]
     with torch.cuda.device_of(tile):
         sweep_kernel[(n,)](
             tile,
@@ -95,11 +98,10 @@ def sweep_(
             scale,
             softcap,
             WIDTH=width,
-            HIDDEN=hidden,
+            HIDDEN=0 if acc is None else acc.shape[1],
             CAPPED=softcap > 0.0,
             WITH_STATS=with_stats,
-            BLOCK_H=hidden_config(hidden)["BLOCK_H"],
-            enable_fp_fusion=False,
+            **UNFUSED,
             **sweep_config(width, tile.dtype, softcap > 0.0, with_stats),
         )
 
@@ -143,7 +145,7 @@ def combine_(
             softcap,
             HIDDEN=hidden,
             CAPPED=softcap > 0.0,
-            enable_fp_fusion=False,
+            **UNFUSED,
             **hidden_config(hidden),
         )
 

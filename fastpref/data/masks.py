@@ -18,12 +18,7 @@ PROMPT_BRANCH = 0
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def mask_mod(
-    document_ids: Tensor,
-    branch_ids: Tensor,
-    position_ids: Tensor | None = None,
-    window: int | None = None,
-) -> MaskMod:
+def mask_mod(document_ids: Tensor, branch_ids: Tensor) -> MaskMod:
     """The attention rule as a function of indices, as ``create_block_mask`` of FlexAttention wants.
 
     Equals ``lambda b, h, q, k: (k <= q) & (doc[q] == doc[k]) & ((branch[k] == 0) |
@@ -32,43 +27,27 @@ def mask_mod(
     Args:
         document_ids: Document of each token, -1 for a pad. Shape ``(R, T)``, integer.
         branch_ids: 0 for a prompt token, k for a token of the document's k-th response. ``(R, T)``.
-        position_ids: Position of each token in its own sequence, ``(R, T)``; for ``window`` only.
-        window: Sliding-window layers: a token attends the ``window`` positions that end in its
-            own, counted in its own sequence and not in the row. None = no window.
 
     Returns:
-        ``f(b, h, q, k) -> bool tensor``, for index tensors that broadcast.
-
-    Raises:
-        ValueError: ``window`` without ``position_ids``.
+        ``f(b, h, q, k) -> bool tensor``, for index tensors that broadcast. Layers that see less
+        (a window, a chunk) take its conjunction with a rule on ``position_ids``.
     """
-    if window is not None and position_ids is None:
-        raise ValueError("a window is counted in position_ids: pass them too")
 
     def may_attend(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         document, branch = document_ids[b, q], branch_ids[b, k]
         same = (document == document_ids[b, k]) & (document != PAD_DOCUMENT)
         visible = (branch == PROMPT_BRANCH) | (branch == branch_ids[b, q])
-        if window is not None and position_ids is not None:
-            visible = visible & (position_ids[b, q] - position_ids[b, k] < window)
         return ((k <= q) & same & visible) | (q == k)
 
     return may_attend
 
 
-def dense_mask(
-    document_ids: Tensor,
-    branch_ids: Tensor,
-    position_ids: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
+def dense_mask(document_ids: Tensor, branch_ids: Tensor) -> Tensor:
     """The attention rule as a tensor: equals ``mask_mod(...)`` at every (row, query, key).
 
     Args:
         document_ids: As for ``mask_mod``.
         branch_ids: As for ``mask_mod``.
-        position_ids: As for ``mask_mod``.
-        window: As for ``mask_mod``.
 
     Returns:
         bool, shape ``(R, 1, T, T)``, true = may attend, on the device of ``document_ids``.
@@ -78,7 +57,7 @@ def dense_mask(
     b = torch.arange(rows, device=device).view(-1, 1, 1, 1)
     q = torch.arange(tokens, device=device).view(-1, 1)
     k = torch.arange(tokens, device=device).view(1, -1)
-    return mask_mod(document_ids, branch_ids, position_ids, window)(b, b, q, k)
+    return mask_mod(document_ids, branch_ids)(b, b, q, k)
 
 
 def to_attention_mask(mask: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,4 @@
-"""Pairs under a beta or margin that follows the batch and its history: alpha-, beta- and
-epsilon-DPO."""
+"""Pairs under a beta or margin that follows the data: alpha-DPO, beta-DPO, epsilon-DPO."""
 
 from __future__ import annotations
 
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from fastpref.losses.batch import PairLogps
 from fastpref.losses.core import register
-from fastpref.losses.maths import sample_std
+from fastpref.losses.maths import per_token, sample_std
 from fastpref.losses.parameters import Parameter
 from fastpref.losses.reference_free import mean_logps
 from fastpref.losses.states import State
 
 _SUMS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-_TINY = 1e-12
 
 
 class RunningGap(State):
@@ -53,10 +51,10 @@ class RunningGap(State):
 def _length_gap(p: PairLogps) -> tuple[Tensor, Tensor]:
     """SimPO's margin of the policy, and how far it exceeds the reference's (detached)."""
     chosen, rejected = mean_logps(p)
+    ref_chosen = per_token(p.ref_chosen, p.chosen_lengths)
+    ref_rejected = per_token(p.ref_rejected, p.rejected_lengths)
     margin = chosen - rejected
-    lengths = p.chosen_lengths.clamp(min=1), p.rejected_lengths.clamp(min=1)
-    ref_margin = p.ref_chosen / lengths[0] - p.ref_rejected / lengths[1]
-    return margin, (margin - ref_margin).detach()
+    return margin, (margin - (ref_chosen - ref_rejected)).detach()
 
 
 class LengthGap(RunningGap):
@@ -97,16 +95,25 @@ def alpha_dpo(
     margin, gap = _length_gap(p)
     mean = gap.mean() if ema_mean is None else ema_mean
     std = sample_std(gap) if ema_std is None else ema_std
-    scale = torch.as_tensor(std, dtype=gap.dtype, device=gap.device).clamp(min=_TINY)
-    return -F.logsigmoid(beta * (margin - gamma_beta_ratio - alpha * (gap - mean) / scale))
+    target = gamma_beta_ratio + alpha * _z_scores(gap, mean, std)
+    return -F.logsigmoid(beta * (margin - target))
+
+
+def _z_scores(gaps: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
+    """``(gaps - mean) / std``; 0 while nothing has varied yet."""
+    scale = torch.as_tensor(std, dtype=gaps.dtype, device=gaps.device)
+    return torch.where(scale > 0, (gaps - mean) / scale, 0.0)
 
 
 def _draw(
-    gaps: Tensor, mean: Any, std: Any, keep: float, generator: torch.Generator | None
+    gaps: Tensor,
+    mean: float | Tensor,
+    std: float | Tensor,
+    keep: float,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """``B / n`` for the n pairs kept, drawn with Gaussian weights, and 0 for the others."""
-    scale = torch.as_tensor(std, dtype=gaps.dtype, device=gaps.device).clamp(min=_TINY)
-    log_weight = -0.5 * ((gaps - mean) / scale) ** 2
+    log_weight = -0.5 * _z_scores(gaps, mean, std) ** 2
     # the largest log-weights after Gumbel noise are a draw without replacement, for any weights
     device = gaps.device if generator is None else generator.device
     uniform = torch.rand(gaps.shape, generator=generator, device=device, dtype=torch.float64)
@@ -197,8 +204,7 @@ def beta_dpo(
     kept_mean: float | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """DPO on the pairs kept, under the batch's own beta; its mean is the mean over the pairs
-    kept."""
+    """DPO on the pairs kept, under the batch's own beta; its mean is the mean over those pairs."""
     gaps = p.margin.detach()
     mean = gaps.mean() if ema_mean is None else ema_mean
     if kept is None:
@@ -212,8 +218,7 @@ def beta_dpo(
 
 
 def _steps(p: PairLogps) -> Tensor:
-    """+1 where more temperature raises the log-ratio and less lowers it, -1 the other way round,
-    else 0."""
+    """+1 where the log-ratio grows with the perturbation, -1 where it falls, 0 where neither."""
     now = (p.chosen - p.rejected).detach()
     plus, minus = p.chosen_plus - p.rejected_plus, p.chosen_minus - p.rejected_minus
     up, down = (plus > now) & (now > minus), (minus > now) & (now > plus)

@@ -91,11 +91,9 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class PairLogps(_Batch):
-    """``B`` preference pairs, as log-probabilities in nats; a field a loss does not need stays
-    ``None``.
+    """``B`` preference pairs, as log-probabilities in nats; what a loss does not need stays ``None``.
 
-    Shapes are ``(B,)`` unless a field's line says otherwise; fp32, or float64; lower precision is
-    raised to fp32.
+    Shapes are ``(B,)`` where a field's line says nothing. fp32 or float64; less is raised to fp32.
     """
 
     kind: ClassVar[str] = "pair"
@@ -190,8 +188,7 @@ class PairLogps(_Batch):
 
 @dataclass(frozen=True, eq=False)
 class UnpairedLogps(_Batch):
-    """``N`` responses with a thumb up or down; shapes ``(N,)`` unless a field's line says
-    otherwise."""
+    """``N`` responses with a thumb up or down; shapes ``(N,)`` where a field's line says nothing."""
 
     kind: ClassVar[str] = "unpaired"
     primary: ClassVar[str] = "logps"
@@ -231,8 +228,7 @@ class UnpairedLogps(_Batch):
 
 @dataclass(frozen=True, eq=False)
 class GroupLogps(_Batch):
-    """``K`` responses to each of ``B`` prompts; every field has shape ``(B, K)``, but weights:
-    ``(B,)``."""
+    """``K`` responses to each of ``B`` prompts; shapes ``(B, K)``, of the weights ``(B,)``."""
 
     kind: ClassVar[str] = "group"
     primary: ClassVar[str] = "logps"

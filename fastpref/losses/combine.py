@@ -33,8 +33,7 @@ class _Term:
         self.state: State | None = entry.state(**self.options) if entry.state else None
 
     def keywords(self, batch: Any, local: slice, update: bool) -> dict[str, Any]:
-        """All keywords of the loss: fixed ones win over the state's, but for those the state starts
-        from."""
+        """Keywords of the loss: fixed ones win, but for those that only start the state."""
         if self.state is None:
             return self.arguments
         moving = self.state.kwargs(batch, local, update)
@@ -58,8 +57,7 @@ class Combined:
         self.kind = entries[0].kind
         """``"pair"``, ``"unpaired"`` or ``"group"``."""
         self.coupled = any(entry.coupled for entry in entries)
-        """An example's loss depends on the others: the statistic is of all ranks of one
-        micro-batch."""
+        """An example's loss depends on the others of its micro-batch, over all ranks."""
         self.needs = frozenset(
             word for term in self._terms for word in term.loss.entry.needs_for(term.arguments)
         )
@@ -78,8 +76,7 @@ class Combined:
         """Scale of the rewards that are logged: the first loss's beta."""
 
     def state_batch(self, batch: Any) -> Any:
-        """The part of a batch the states read, detached: ``.map`` a gather over it, then pass it as
-        ``gathered``."""
+        """What the states read, detached: ``.map`` a gather over it, and pass it as ``gathered``."""
         return batch.pick({field for state in self.states.values() for field in state.reads})
 
     def terms(

@@ -28,18 +28,15 @@ class Entry:
     kind: str
     """``"pair"``, ``"unpaired"``, ``"group"``; ``"token"`` has a signature of its own."""
     needs: frozenset[str]
-    """Words for the inputs beside the policy's log-probabilities; ``PairLogps.fields`` resolves
-    them."""
+    """Words for the inputs beside the policy's sums; ``PairLogps.fields`` says which fields."""
     coupled: bool
     """One example's loss depends on the others of its batch."""
     state: type[State] | None
-    """Keeps, or computes over all ranks, the keywords that depend on history or on the whole
-    batch."""
+    """Computes, over all ranks, the keywords that depend on history or on the whole batch."""
     paper: str
     equation: str
     confidence: str
-    """H: checked against official code or paper. M: one secondary source. L: constants or details
-    unverified."""
+    """H: checked against official code or paper. M: one secondary source. L: not verified."""
     formula: str
     """The loss of one pair, in terms of the batch's fields."""
     summary: str
@@ -55,8 +52,7 @@ class Entry:
     stochastic: bool
     """Draws random numbers: the order of the examples matters."""
     shift_invariant: bool
-    """Adding a constant to a response's log-probability under policy and reference changes
-    nothing."""
+    """Only log-ratios matter: a response's sums may shift together, policy and reference."""
     variants: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Keyword arguments under which the property tests also run it."""
 
@@ -116,8 +112,7 @@ class Loss:
 
 
 def _under_divergence(batch: Any, view: Any, name: str, divergence: str, alpha: float) -> View:
-    """The batch with the f-divergence's score in the log-ratio's place, so that any loss of it
-    follows."""
+    """The batch with the f-divergence's score in the place of each log-ratio."""
     chosen, rejected = (
         divergence_score(ratio, divergence, alpha, view.exponent_limit) for ratio in view.logratios
     )
@@ -260,8 +255,7 @@ _library_names: set[str] = set()
 
 
 def seal() -> None:
-    """From here on the names registered so far cannot be taken: a user's loss never replaces one of
-    them."""
+    """Reserve the names registered so far: a user's loss never replaces one of them."""
     _library_names.update(registry, _aliases)
 
 

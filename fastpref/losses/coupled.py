@@ -1,5 +1,4 @@
-"""Pairs whose losses depend on each other through the batch: AOT's sorting, Dr. DPO's weights,
-KTO's reference point.
+"""Pairs whose losses depend on each other: AOT's sorting, Dr. DPO's weights, KTO's zero point.
 
 Beside each stands a state that computes the statistic over all ranks; alone, a loss takes it from
 its own batch.
@@ -40,8 +39,7 @@ class PairedQuantiles(State):
 
 
 class UnpairedQuantiles(State):
-    """Unpaired AOT over all ranks: the log-ratio of the other side that shares each response's
-    rank."""
+    """Unpaired AOT over all ranks: the other side's log-ratio of each response's rank."""
 
     reads = _SUMS
 

@@ -134,8 +134,7 @@ def _differences(x: Tensor) -> Tensor:
     parameters={"length_penalty": Parameter("exponent of the length", "[0, inf)")},
 )
 def rrhf(g: GroupLogps, *, length_penalty: float = 1.0, nll_weight: float = 1.0) -> Tensor:
-    """Ranking hinge on length-normalised log-probabilities, plus the likelihood of the best
-    response."""
+    """Ranking hinge on length-normalised log-probabilities, plus the best one's likelihood."""
     lengths = g.lengths.clamp(min=1)
     p = g.logps / lengths**length_penalty
     worse = (_differences(g.scores) < 0) & g.valid[..., :, None] & g.valid[..., None, :]
@@ -200,8 +199,7 @@ def grpo_pair(
     clip: float = 0.2,
     beta: float = 0.0,
 ) -> Tensor:
-    """Clipped policy gradient with group-normalised rewards, one length-normalised ratio per
-    response."""
+    """Clipped policy gradient with group-normalised rewards and one ratio for each response."""
     advantage = group_advantages(g.scores, std_eps=std_eps, sample_std=sample_std, mask=g.valid)
     d = per_token(g.logratios, g.lengths)
     ratio = safe_exp(d, g.exponent_limit)

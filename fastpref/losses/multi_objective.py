@@ -1,5 +1,4 @@
-"""Pairs with more than one thing to please: MODPO, SPO round after round, HPO with auxiliary
-rewards."""
+"""Pairs with several things to please: MODPO, SPO round after round, HPO's auxiliary rewards."""
 
 from __future__ import annotations
 
@@ -104,17 +103,14 @@ def spo(
     weights = [alpha] * rounds if isinstance(alpha, (int, float)) else list(alpha)
     if len(weights) != rounds:
         raise ValueError(f"spo: alpha has {len(weights)} numbers for {rounds} earlier rounds")
-    learned = torch.zeros_like(
-        current
-    )  # sum_i alpha_i R_i, R_n = beta D(pi_n / pi_{n-1}) - the sum so far
+    learned = torch.zeros_like(current)  # sum_i alpha_i R_i; R_n is beta * step n - the sum before
     for weight, step in zip(weights, steps, strict=True):
         learned = learned + weight * (beta * step - learned)
     return -F.logsigmoid(beta * current - learned)
 
 
 def hpo_value_loss(values: Tensor, rewards: Tensor, *, tau: float = 0.7) -> Tensor:
-    """Expectile regression of a value on rewards: ``|tau - (rewards < values)| (rewards -
-    values)^2``.
+    """Expectile regression of values: ``|tau - (rewards < values)| (rewards - values)^2``.
 
     Args:
         values: Value of each prompt, with gradient. Any shape.

@@ -49,8 +49,7 @@ def trust_region(
 def reference_weights(
     chosen: Tensor, rejected: Tensor, weights: str | Sequence[float], arwc_convention: str
 ) -> Tensor:
-    """Weights ``(K, B)`` of the references, from their unclipped sums (ARWC); each column adds to
-    1."""
+    """Weights ``(K, B)`` of the references, from their unclipped sums (ARWC); columns add to 1."""
     k = chosen.shape[0]
     if arwc_convention == "released_code" and k != 2:
         raise ValueError(f"arwc_convention='released_code' is defined for 2 references, got {k}")

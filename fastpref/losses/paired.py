@@ -143,6 +143,7 @@ def exo_pair(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) 
     parameters={"tau": Parameter("temperature of the blend of the two terms", "(0, inf)")},
     shift_invariant=True,
     f_divergence=True,
+    variants=({"tau": 4.0},),
 )
 def discopop(p: PairLogps, *, beta: float = 0.05, tau: float = 0.05) -> Tensor:
     """Logistic and exponential loss, blended by the log-ratio itself."""

@@ -197,8 +197,7 @@ def alphapo(p: PairLogps, *, beta: float = 2.5, alpha: float = 0.25, gamma: floa
     parameters={"margin": Parameter("log-probability gap asked for (delta)", "[0, inf)")},
 )
 def slic_hf(p: PairLogps, *, margin: float = 1.0, nll_weight: float = 0.1) -> Tensor:
-    """Hinge loss on the log-probabilities themselves, plus the summed likelihood of the chosen
-    response."""
+    """Hinge loss on the log-probabilities themselves, plus the chosen one's summed likelihood."""
     return F.relu(margin - p.chosen + p.rejected) - nll_weight * p.chosen
 
 

@@ -41,8 +41,7 @@ def sppo_win_probabilities(scores: Tensor) -> Tensor:
     shift_invariant=True,
 )
 def sppo(p: PairLogps, *, beta: float = 1e-3) -> Tensor:
-    """Squared distance of both log-ratios from their win probabilities, centred and divided by
-    beta."""
+    """Squared distance of both log-ratios from their centred win probabilities over beta."""
     chosen, rejected = p.logratios
     error_chosen = chosen - (p.chosen_scores - 0.5) / beta
     error_rejected = rejected - (p.rejected_scores - 0.5) / beta

@@ -1,5 +1,4 @@
-"""The memory that stands beside a loss: what depends on history, or on the batch of all ranks
-together.
+"""The memory beside a loss: what depends on history, or on the batch of all ranks together.
 
 Losses are pure. ``state.kwargs(batch)`` returns the keywords they want; the trainer gathers the
 batch over ranks, calls it, and saves it with ``state_dict``. Numbers stay on the device of the
@@ -19,11 +18,10 @@ from fastpref.losses.parameters import nearest
 
 
 class State:
-    """Base of the states; also the state of a loss that needs a statistic of all ranks but no
-    history.
+    """Base of the states, those with a history and those that only look at all ranks at once.
 
-    A subclass names the fields it ``reads`` and implements ``update``; ``__init__`` takes options
-    by keyword.
+    A subclass names the fields it ``reads``, the numbers it ``keeps``, and implements ``compute``;
+    its ``__init__`` takes options by keyword.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()

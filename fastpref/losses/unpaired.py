@@ -19,8 +19,7 @@ def _mismatched_kl(u: UnpairedLogps) -> Tensor:
 
 
 class MismatchedKL(State):
-    """KTO's reference point over all ranks: pooled mean of the mismatched log-ratios, at least
-    0."""
+    """KTO's reference point, pooled over all ranks."""
 
     reads = ("kl_logps", "ref_kl_logps")
 

@@ -70,13 +70,11 @@ def alone(model):
 
 
 def packed_grid(model, rows):
+    allowed, at = dense_mask(rows.document_ids, rows.branch_ids), rows.position_ids
+    near = (at[:, :, None] - at[:, None, :])[:, None] < 5
     masks = {
-        kind: to_attention_mask(
-            dense_mask(rows.document_ids, rows.branch_ids, rows.position_ids, window),
-            model.config._attn_implementation,
-            model.dtype,
-        )
-        for kind, window in (("full_attention", None), ("sliding_attention", 5))
+        kind: to_attention_mask(bools, model.config._attn_implementation, model.dtype)
+        for kind, bools in (("full_attention", allowed), ("sliding_attention", allowed & near))
     }
     mask = masks if model.config.model_type == "gemma2" else masks["full_attention"]
     return model.base_model(

@@ -103,7 +103,7 @@ def test_rows_hold_every_token_once_and_little_else(documents, options):
     counts = real.sum(1)
     width = rows.input_ids.shape[1]
     assert width % options["pad_to_multiple_of"] == 0
-    assert width - int(counts.max()) < max(options["pad_to_multiple_of"], 2)
+    assert width - max(int(counts.max()), 1) < options["pad_to_multiple_of"]
     sizes = torch.bincount(rows.document_ids[real].long()) if bool(real.any()) else torch.zeros(1)
     capacity = row_capacity([int(n) for n in sizes], row_tokens=options["row_tokens"])
     assert int(counts.max()) <= capacity
@@ -112,36 +112,28 @@ def test_rows_hold_every_token_once_and_little_else(documents, options):
     assert bool((rows.position_ids[~real] == 0).all())
 
 
-def slow_mask(rows, window=None):
+def slow_mask(rows):
     """The rule, token by token, from what the tokens are and not from how the mask is built."""
     height, width = rows.input_ids.shape
     mask = torch.zeros(height, 1, width, width, dtype=torch.bool)
     for r in range(height):
+        documents, branches = rows.document_ids[r].tolist(), rows.branch_ids[r].tolist()
         for q in range(width):
-            for k in range(width):
-                doc_q, doc_k = int(rows.document_ids[r, q]), int(rows.document_ids[r, k])
-                branch_q, branch_k = int(rows.branch_ids[r, q]), int(rows.branch_ids[r, k])
-                if doc_q < 0 or doc_k < 0:
-                    mask[r, 0, q, k] = q == k
-                    continue
-                near = int(rows.position_ids[r, q] - rows.position_ids[r, k])
-                ok = doc_q == doc_k and k <= q and branch_k in (0, branch_q)
-                mask[r, 0, q, k] = ok and (window is None or near < window)
+            for k in range(q + 1):
+                same = documents[q] == documents[k] >= 0 and branches[k] in (0, branches[q])
+                mask[r, 0, q, k] = same or q == k
     return mask
 
 
-@settings(max_examples=25, deadline=None)
-@given(DOCUMENTS, OPTIONS, st.sampled_from([None, 1, 4]))
-def test_dense_mask(documents, options, window):
+@settings(max_examples=50, deadline=None)
+@given(DOCUMENTS, OPTIONS)
+def test_dense_mask(documents, options):
     rows = pack(documents[:3], **options)
-    mask = dense_mask(rows.document_ids, rows.branch_ids, rows.position_ids, window)
-    assert torch.equal(mask, slow_mask(rows, window))
-    assert bool(mask.any(-1).all()), "a query with no key is NaN in a softmax"
-    # what a query sees is exactly its own sequence up to itself: as many keys as its position + 1
-    if window is None:
-        seen = mask.sum(-1)[:, 0]
-        real = rows.document_ids >= 0
-        assert torch.equal(seen[real], rows.position_ids[real] + 1)
+    mask = dense_mask(rows.document_ids, rows.branch_ids)
+    assert torch.equal(mask, slow_mask(rows))
+    # what a query sees is exactly its own sequence up to itself: as many keys as its position + 1,
+    # and a pad itself, since a query without a key is NaN in a softmax
+    assert torch.equal(mask.sum(-1)[:, 0], rows.position_ids + 1)
 
 
 def test_flex_attention_sees_the_same_mask():
@@ -177,8 +169,8 @@ def test_assign_rows(lengths, capacity):
     assert all(rows)
     used = [sum(lengths[i] for i in row) for row in rows]
     assert max(used) <= max(capacity, *lengths)
-    best = -(-sum(lengths) // max(capacity, *lengths))
-    assert best <= len(rows) <= 2 * best + 1
+    fitting = capacity >= max(lengths)
+    assert not fitting or len(rows) == 1 or 2 * sum(lengths) > len(rows) * capacity
     assert rows == assign_rows(list(lengths), capacity)
 
 
@@ -217,8 +209,6 @@ def test_refusals(documents, options, message):
 
 def test_mask_arguments():
     rows = pack([Document([1], [[2]])])
-    with pytest.raises(ValueError, match="position_ids"):
-        dense_mask(rows.document_ids, rows.branch_ids, window=3)
     mask = dense_mask(rows.document_ids, rows.branch_ids)
     assert to_attention_mask(mask, "sdpa", torch.bfloat16) is mask
     added = to_attention_mask(mask, "eager", torch.bfloat16)

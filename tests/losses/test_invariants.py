@@ -123,7 +123,7 @@ def test_many_references(name: str) -> None:
 
 
 def virtual_reference(batch: PairLogps, combine: str) -> torch.Tensor:
-    """log of the virtual reference of the chosen response: the logit's negative, all else being 0."""
+    """log of the virtual reference of the chosen response: minus the logit, all else being 0."""
     rest = {"chosen": ZERO, "rejected": ZERO, "ref_rejected": torch.zeros_like(batch.ref_chosen)}
     arguments = {"beta": 1.0, "adaptive_eps": False, "weights": "uniform", "combine": combine}
     return torch.expm1(get("mrpo")(change(batch, **rest), **arguments)).log()
@@ -619,12 +619,3 @@ class TestTraps:
         for name in ("dpo", "hinge", "orpo", "aot", "kto_pair", "mpo", "dr_dpo"):
             get(name)(PAIRS)
         assert all(torch.equal(v, getattr(PAIRS, k)) for k, v in before.items())
-
-    def test_a_loss_compiles(self) -> None:
-        logps = PAIRS.chosen.float().clone().requires_grad_()
-        batch = change(PAIRS, chosen=logps)
-        eager = get("dpo")(batch)
-        compiled = torch.compile(get("dpo").function, backend="eager", fullgraph=True)(
-            batch, beta=0.1
-        )
-        torch.testing.assert_close(compiled.float(), eager.float())

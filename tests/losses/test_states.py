@@ -143,6 +143,15 @@ def test_first_batch_seeds_the_average_or_zero_does() -> None:
     assert float(from_zero["ema_std"]) == pytest.approx(0.1 * float(gap.std()))
 
 
+def test_no_variation_yet_is_no_z_score() -> None:
+    """One pair a batch has no standard deviation; the second must not be divided by 0."""
+    for name in ("alpha_dpo", "beta_dpo"):
+        combined = losses.combine(name)
+        for seed in range(3):
+            result = combined(random_pairs(seed, size=1))
+            assert result.abs().max() < 20
+
+
 def test_beta_dpo_draws_alike_on_every_rank_and_anew_each_step() -> None:
     states = [losses.get("beta_dpo").entry.state(seed=5) for _ in range(2)]
     draws = [[state.kwargs(random_pairs(0))["kept"] for _ in range(5)] for state in states]
