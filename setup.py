@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import setup
 
 CPU = ["module", "cpu/rows", "cpu/sweep", "cpu/combine", "cpu/segments"]
-CUDA: list[str] = []
+CUDA = ["sweep", "combine", "rows", "segments"]
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: the binary loads there and later
 LOG = Path("build/fastpref-build.log").absolute()
 FORCE = os.environ.get("FASTPREF_FORCE_BUILD") == "1"

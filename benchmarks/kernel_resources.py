@@ -121,8 +121,9 @@ def compile_case(case: Case, arch: int) -> Any:
         signature[p.name] = (
             f"*{case.pointers[p.name]}" if p.name in case.pointers else p.annotation_type or "i32"
         )
-        strided = p.name.endswith("_stride") and not p.do_not_specialize
-        if (p.name in case.pointers or strided) and p.name not in case.unaligned:
+        fixed = p.do_not_specialize or p.do_not_specialize_on_alignment
+        multiple = p.name in case.pointers or p.name.endswith("_stride")
+        if multiple and not fixed and p.name not in case.unaligned:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, aligned)
     return triton.compile(

@@ -16,6 +16,7 @@ _HOME = {
     "preference_margins": "ops",
     "sequence_logprobs": "ops",
     "TokenStats": "reference",
+    "integrations": "integrations",
     "losses": "losses",
     "PreferenceConfig": "config",
     "DPOConfig": "config",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
+from fastpref.data.tokenize import token_counts
 from fastpref.policy import Batch, causal_lm
 
 logger = logging.getLogger("fastpref")
@@ -140,6 +141,41 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: st
     return dataset
 
 
-def columns_of(dataset: Any) -> set[str]:
-    """Names of the columns of a dataset or a stream."""
-    return set(getattr(dataset, "column_names", None) or next(iter(dataset)))
+def likelihood_rates(dataset: Any, kind: str, prompts: bool) -> dict[str, float]:
+    """Likelihood tokens for each example of a dataset, by the losses' keyword for them.
+
+    With them an evaluation does not depend on how the data falls into batches. Nothing for streams.
+    """
+    if kind != "pair" or not hasattr(dataset, "__len__"):
+        return {}
+
+    def total(column: str) -> int:
+        if f"{column}_mask" in dataset.column_names:
+            return sum(map(sum, dataset[f"{column}_mask"]))
+        return int(token_counts(dataset, [f"{column}_ids"])[f"{column}_ids"].sum())
+
+    size = max(len(dataset), 1)
+    more = total("prompt") - size if prompts else 0
+    found = {"tokens_per_pair": (total("chosen") + more) / size}
+    if "third_ids" in dataset.column_names:
+        found["third_tokens_per_pair"] = total("third") / size
+    return found
+
+
+def columns_of(*datasets: Any) -> set[str]:
+    """Names of the columns that all of these have: datasets, streams, dicts of them, or None."""
+    found: list[set[str]] = []
+
+    def note(dataset: Any, name: str) -> None:
+        found.append(set(getattr(dataset, "column_names", None) or next(iter(dataset))))
+
+    for dataset in datasets:
+        each(note, dataset, "")
+    return set.intersection(*found)
+
+
+def each(change: Callable[[Any, str], Any], dataset: Any, name: str) -> Any:
+    """``change(dataset, name)``; of a dict of datasets, each by its key; of None, None."""
+    if isinstance(dataset, Mapping):
+        return {key: change(value, key) for key, value in dataset.items()}
+    return None if dataset is None else change(dataset, name)

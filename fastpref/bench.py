@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
                 if asked.out:
                     command = shlex.join(["fastpref", "bench", *argv])
                     append(
-                        asked.out, rows(problem, entries, clock, asked.commit or _commit(), command)
+                        asked.out, rows(problem, entries, clock, asked.commit or commit(), command)
                     )
     return int(failed)
 
@@ -284,7 +284,7 @@ def _output(command: list[str], directory: Path) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checkout's commit, with ``-dirty`` if it was edited since; ``unknown`` outside one."""
     here = Path(__file__).parent
     asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

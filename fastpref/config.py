@@ -253,7 +253,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         self._check()
 
     def loss_options(self) -> dict[str, tuple[str, Any]]:
-        """Options that are arguments of losses: the losses' name for each, and its value or None."""
+        """Options that are arguments of losses: their name there, and the value or None."""
         names = {
             "reverse_kl": None,
             "forward_kl": "forward_kl",
@@ -317,7 +317,7 @@ class DPOConfig(PreferenceConfig):
 
 @config
 class KTOConfig(PreferenceConfig):
-    """:class:`PreferenceConfig` with the defaults of TRL 1.16's ``KTOConfig``, but shuffled data."""
+    """:class:`PreferenceConfig` with TRL 1.16's defaults for KTO, except that data is shuffled."""
 
     loss_type: str | list[str] = _option(["kto"], "kto, apo_zero_unpaired or bco.")
     beta: float | None = _option(0.1, "Strength of the reference.")

@@ -224,6 +224,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
+        """See the class."""
         self.path = path
 
     def begin(self, step: int) -> None:

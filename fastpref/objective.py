@@ -149,10 +149,10 @@ def make_examples(
             mean = total / batch["lengths"].clamp(min=1)
             chosen, rejected = mean[batch["pairs"]].unbind(1)
             given |= {"chosen_log_sum_sq": chosen, "rejected_log_sum_sq": rejected}
-    for word, fields in FROM_COLUMNS[combined.kind].items():
+    for word, columns in FROM_COLUMNS[combined.kind].items():
         if word in combined.needs and word != "third":
             # (B, K), a list for each example, becomes (K, B).
-            values = {field: batch[column] for field, column in fields.items()}
+            values = {field: batch[column] for field, column in columns.items()}
             given |= {field: v.mT if v.dim() > 1 else v for field, v in values.items()}
     kind: Any = BATCHES[combined.kind]
     examples: PairLogps | UnpairedLogps = kind(**given, weights=batch.get("weight"))
@@ -260,7 +260,8 @@ def weigh(
     combined: Combined,
     examples: PairLogps | UnpairedLogps,
     ranks: Any,
-    rates: Mapping[str, Tensor] | None,
+    rates: Mapping[str, Any],
+    update: bool,
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """The loss of each example, all weights in it, and the losses as metrics.
 
@@ -269,12 +270,13 @@ def weigh(
         examples: Of :func:`make_examples`.
         ranks: A :class:`fastpref.ranks.Ranks`; statistics of a batch are over all of them.
         rates: Likelihood tokens for each example of the accumulation window, by the losses'
-            keyword; None: evaluation, in which losses with a memory learn nothing.
+            keyword; none: of this batch.
+        update: Losses with a memory learn from the batch.
 
     Returns:
         Losses ``(B,)``, and by name each loss with a weight of 1.
     """
-    options: dict[str, Any] = {"update": rates is not None, **(rates or {})}
+    options: dict[str, Any] = {"update": update, **rates}
     if combined.states and ranks.count > 1:
         first = getattr(examples, examples.primary)
         options["gathered"] = combined.state_batch(examples).map(ranks.gather)

@@ -39,6 +39,7 @@ class Reference:
     """Models of its own."""
 
     def __init__(self, **options: Any) -> None:
+        """See the class."""
         self.options = options
 
     def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
@@ -52,6 +53,9 @@ class Reference:
             fp32, no gradient; None where the batch holds no more than sums, or nothing.
         """
         return None
+
+    def place(self, accelerator: Any) -> None:
+        """Move its models to their device, sharded where the policy will be."""
 
     @torch.no_grad()
     def _score(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -77,6 +81,7 @@ class Stored(Reference):
     """
 
     def __init__(self, count: int = 1) -> None:
+        """See the class."""
         super().__init__()
         self.count = count
 
@@ -98,6 +103,7 @@ class AdapterOff(Reference):
     count = 1
 
     def __init__(self, adapter: str | None = None, **options: Any) -> None:
+        """See the class."""
         super().__init__(**options)
         self.adapter = adapter
 
@@ -119,6 +125,7 @@ class Frozen(Reference):
     def __init__(
         self, models: Sequence[nn.Module], *, is_start: bool = False, **options: Any
     ) -> None:
+        """See the class."""
         super().__init__(**options)
         self.models = [model.requires_grad_(False).eval() for model in models]
         self.is_start, self.count = is_start, len(models)
@@ -127,6 +134,26 @@ class Frozen(Reference):
         """A forward of each."""
         logps = [self._score(model, batch) for model in self.models]
         return logps[0] if len(logps) == 1 else torch.stack(logps)
+
+    def place(self, accelerator: Any) -> None:
+        """See :meth:`Reference.place`.
+
+        Raises:
+            ValueError: Under DeepSpeed ZeRO-3, which would need a second engine.
+        """
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 with a reference model of its own is not supported: use FSDP2, "
+                "ZeRO-2, LoRA, or a dataset with ref_*_logps columns"
+            )
+        if accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            self.models = [fsdp2_prepare_model(accelerator, model) for model in self.models]
+        else:
+            prepare = accelerator.prepare_model
+            self.models = [prepare(model, evaluation_mode=True) for model in self.models]
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, share: float) -> None:

@@ -94,6 +94,7 @@ class _Words:
     """The token where two numbers differ most, in words."""
 
     def __init__(self, targets: Tensor, ours: Tensor) -> None:
+        """See the class."""
         self.targets, self.ours = targets, ours
 
     def __call__(self, difference: Tensor, theirs: Tensor, source: str, our_source: str) -> str:

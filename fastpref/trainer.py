@@ -20,7 +20,15 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from fastpref import checkpoint
-from fastpref.batches import TrainerCollator, columns_of, count, make_collator, prepare_dataset
+from fastpref.batches import (
+    TrainerCollator,
+    columns_of,
+    count,
+    each,
+    likelihood_rates,
+    make_collator,
+    prepare_dataset,
+)
 from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
@@ -100,24 +108,18 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             processing_class = AutoTokenizer.from_pretrained(
                 causal_lm(model).config._name_or_path, trust_remote_code=args.trust_remote_code
             )
-        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-        datasets = [d for d in (train_dataset, *evaluated.values()) if d is not None]
-        columns = set.intersection(*map(columns_of, datasets))
+        columns = columns_of(train_dataset, eval_dataset)
         fresh = peft_config is not None
         self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
         if args.disable_dropout:
-            for each in (model, *self.reference.models):
-                without_dropout(each)
+            for m in (model, *self.reference.models):
+                without_dropout(m)
         args.remove_unused_columns = False  # of ours, the collator knows which it wants
         args.accelerator_config.dispatch_batches = False  # batches differ in shape
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.args = args
-        if train_dataset is not None:
-            train_dataset = self._prepared(train_dataset, "train")
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._prepared(d, name) for name, d in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepared(eval_dataset, "eval")
+        train_dataset = each(self._prepared, train_dataset, "train")
+        eval_dataset = each(self._prepared, eval_dataset, "eval")
         if data_collator is None:
             data_collator = make_collator(args, self._tokenizer, self.combined, model)
         super().__init__(
@@ -164,16 +166,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     def _settle_reference(self) -> None:
         """Move the reference's models to their device; score the data with it, if asked to."""
         reference = self.reference
-        if isinstance(reference, Frozen):
-            reference.models = [self._placed(each) for each in reference.models]
+        reference.place(self.accelerator)
         if self.args.precompute_ref_log_probs and isinstance(reference, (AdapterOff, Frozen)):
-            if self.train_dataset is not None:
-                self.train_dataset = self._scored(self.train_dataset, "train")
-            if isinstance(self.eval_dataset, Mapping):
-                scored = {name: self._scored(d, name) for name, d in self.eval_dataset.items()}
-                self.eval_dataset = scored
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._scored(self.eval_dataset, "eval")
+            self.train_dataset = each(self._scored, self.train_dataset, "train")
+            self.eval_dataset = each(self._scored, self.eval_dataset, "eval")
             self.reference = Stored(reference.count)
             self.data_collator.references = reference.count
 
@@ -190,18 +186,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             description=name,
         )
 
-    def _placed(self, model: nn.Module) -> nn.Module:
-        if self.is_fsdp_enabled:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            return fsdp2_prepare_model(self.accelerator, model)  # type: ignore[no-any-return]
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 with a reference model of its own is not supported: use FSDP2, "
-                "ZeRO-2, LoRA, or a dataset with ref_*_logps columns"
-            )
-        return self.accelerator.prepare_model(model, evaluation_mode=True)  # type: ignore[no-any-return]
-
     # Losses
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
@@ -216,13 +200,13 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         return {"examples": examples, "rates": {name: n / examples for name, n in rates}}
 
     def _losses(
-        self, model: nn.Module, batch: Batch, rates: Mapping[str, Tensor] | None
+        self, model: nn.Module, batch: Batch, rates: Mapping[str, Any], update: bool
     ) -> tuple[Tensor, Any, dict[str, tuple[Tensor, Tensor]]]:
-        """The loss of each example, the examples, and their metrics; no rates: evaluation."""
+        """The loss of each example, the examples, and their metrics."""
         reference = self.reference.token_logps(model, batch)
         policy = response_logps(model, batch, return_stats=True, **self.head_options)
         examples = make_examples(self.combined, batch, policy, reference, self.args.ld_alpha)
-        losses, metrics = weigh(self.combined, examples, self.ranks, rates)
+        losses, metrics = weigh(self.combined, examples, self.ranks, rates, update)
         metrics |= example_rows(examples, batch, policy, reference, self.combined.beta)
         return losses, examples, metrics
 
@@ -235,7 +219,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """A micro-batch's share of the loss of its accumulation window."""
         window = num_items_in_batch or {"examples": torch.tensor(float(count(inputs))), "rates": {}}
-        losses, examples, metrics = self._losses(model, inputs, window["rates"])
+        losses, examples, metrics = self._losses(model, inputs, window["rates"], update=True)
         unknown = torch.full_like(losses, -1, dtype=torch.int64)
         self.loop.note(inputs.get("example_ids", unknown), losses)
         self.meter.add(metrics, inputs["num_tokens"])
@@ -254,7 +238,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """Adds a batch to the evaluation; log-probabilities if ``compute_metrics`` wants them."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses, examples, metrics = self._losses(model, inputs, None)
+            losses, examples, metrics = self._losses(model, inputs, self._eval_rates, update=False)
         self.eval_meter.add(metrics, inputs["num_tokens"], self._counted(len(losses)))
         if prediction_loss_only:
             return None, None, None
@@ -299,10 +283,13 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     ) -> EvalLoopOutput:
         """transformers' loop, with nothing gathered but the sums of the metrics."""
         self.eval_meter, started = Meter(), time.perf_counter()
+        kind, prompts = self.combined.kind, "prompt" in self.combined.needs
+        self._eval_rates = likelihood_rates(dataloader.dataset, kind, prompts)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         found = self.eval_meter.read(self.ranks.sum, rates=False)
+        found["num_tokens"] = float(self.meter.tokens_seen)
         output.metrics.update({f"{metric_key_prefix}_{key}": x for key, x in found.items()})
         self.meter.skip(time.perf_counter() - started)
         return output

@@ -12,7 +12,10 @@ def _weigh(p, x):
     return tl.where(p == 0.0, 0.0, p * x)
 
 
-@triton.jit(do_not_specialize=["state_stride", "stats_stride", "vocab_size"])
+@triton.jit(
+    do_not_specialize=["state_stride", "stats_stride", "vocab_size"],
+    do_not_specialize_on_alignment=["state", "targets", "logp", "q", "coef", "stats"],
+)
 def combine_kernel(
     state,
     targets,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["factor"])
 def scale_rows_kernel(
     out,
     x,
@@ -28,7 +28,7 @@ def scale_rows_kernel(
     tl.store(out + row * out_stride + at, scaled, mask=at < HIDDEN)
 
 
-@triton.jit(do_not_specialize=["n", "start", "width"])
+@triton.jit(do_not_specialize=["n", "start", "width"], do_not_specialize_on_alignment=["factor"])
 def add_target_rows_kernel(
     out,
     x,

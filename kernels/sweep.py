@@ -85,7 +85,10 @@ def _rescale(acc, shrink, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(acc + at, values * shrink, mask=at < HIDDEN)
 
 
-@triton.jit(do_not_specialize=["start", "state_stride"])
+@triton.jit(
+    do_not_specialize=["start", "state_stride"],
+    do_not_specialize_on_alignment=["state", "offset", "targets"],
+)
 def sweep_kernel(
     tile,
     out,

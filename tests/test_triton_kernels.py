@@ -1,8 +1,8 @@
-"""The Triton row kernels against plain float64 torch: values, hostile rows, repeatability.
+"""The sweep and combine kernels in Triton against plain float64 torch, on every hostile row.
 
-The same cases run twice. Without a GPU, through Triton's interpreter on CPU tensors: it has to be on
-before triton is imported, so one test starts this file again in a process of its own. With a GPU,
-compiled, as tests marked ``gpu``.
+The same cases run twice. Without a GPU, through Triton's interpreter on CPU tensors: it has to be
+on before triton is imported, so one test starts this file and ``test_triton_rows.py`` again in a
+process of their own. With a GPU, compiled, as tests marked ``gpu``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ ROUNDING = 1.0 if INTERPRETED else 0.5
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 def test_all_kernels_through_the_interpreter():
+    files = [__file__, str(Path(__file__).with_name("test_triton_rows.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -150,7 +152,8 @@ class Truth:
 
 
 def assert_close(got, truth, relative, absolute, what: str) -> None:
-    got, truth = got.double(), truth.double().expand_as(got)
+    got, truth = got.double().cpu(), truth.double().cpu()
+    truth, absolute = truth.expand_as(got), torch.as_tensor(absolute).cpu()
     same = (got == truth) | (got.isnan() & truth.isnan())
     wrong = ~(same | ((got - truth).abs() <= relative * truth.abs() + absolute))
     if wrong.any():
@@ -258,7 +261,7 @@ def test_softcap_is_exact_for_small_and_large_logits(kernels, device):
             tile = raw.clone()
             kernels.sweep_(tile, None, state, None, None, target, None, 0, 1.0, 10.0, False)
             truth = 10.0 * torch.tanh(raw[0, sign + j].double() / 10.0)
-            assert_close(state[2], truth[None], 4e-7, 0.0, f"cap({raw[0, sign + j].item()})")
+            assert_close(state[2], truth[None], 8e-7, 0.0, f"cap({raw[0, sign + j].item()})")
 
 
 @on_device
@@ -351,28 +354,6 @@ def test_ignored_and_out_of_range_targets(kernels, device):
 
 
 @on_device
-def test_hidden_gradient_may_take_the_place_of_acc(kernels, device):
-    n, v, h = 5, 40, 1500
-    raw, targets = torch.randn(n, v, device=device), torch.arange(n, device=device) - 1
-    weight = torch.randn(v, h, device=device)
-    results = []
-    for dtype in (None, torch.float32, torch.bfloat16):
-        tile, state = raw.clone(), new_state(n, torch.float32, device)
-        kernels.sweep_(tile, tile, state, None, None, targets, None, 0, 1.0, 0.0, False)
-        acc = tile @ weight
-        acc[0] = NAN  # an ignored row is written, not multiplied
-        grad = acc if dtype is None else acc.new_empty(n, h, dtype=dtype)
-        rows = torch.empty(3, n, device=device)
-        kernels.combine_(state, targets, v, 0.0, 0.5, acc, weight, grad, *rows, None)
-        results.append(grad)
-    truth = torch.zeros(n, h, dtype=torch.float64, device=device)
-    p = raw.double().softmax(-1)
-    truth[1:] = 0.5 * (weight.double()[targets[1:]] - p[1:] @ weight.double())
-    for grad, eps in zip(results, (2e-6, 2e-6, 1e-2), strict=True):
-        assert_close(grad, truth, eps, eps, "hidden_grad")
-
-
-@on_device
 def test_acc_is_rescaled_only_where_the_maximum_grew(kernels, device):
     n, h = 4, 1300
     state = new_state(n, torch.float32, device)
@@ -390,186 +371,18 @@ def test_acc_is_rescaled_only_where_the_maximum_grew(kernels, device):
     assert_close(acc[1:], before[1:].double() * math.exp(-2.0), 3e-7, 0.0, "acc")
     assert offsets[:, 0].tolist() == [0.0, 0.0, 0.0]
     assert offsets[:, 1].tolist() == [1.0, 3.0, 3.0]
-    assert_close(
-        state[1, 1:], torch.tensor(math.exp(-3) + math.exp(-2) + 1 + math.exp(-2) + 2 * math.exp(-2.5)),
-        3e-7, 0.0, "R",
-    )  # fmt: skip
+    total = sum(math.exp(z - 3.0) for tile in tiles for z in tile)
+    assert_close(state[1, 1:], torch.tensor(total), 3e-7, 0.0, "R")
 
 
 @on_device
 def test_runs_are_bitwise_equal(kernels, device):
     raw, targets = problem(6, 700, device)
-    x, factor = torch.randn(6, 40, device=device), torch.randn(6, device=device)
-    targets[:3] = 5
 
     def once() -> list[Tensor]:
         torch.manual_seed(1)
         rows = Rows(kernels, raw, targets, cut(700, 333))
-        out = torch.ones(700, 40, device=device)
-        kernels.add_target_rows_(out, x, targets, factor, 0)
-        return [rows.logp, rows.q, rows.coef, rows.hidden_grad, rows.stats, rows.state, out]
+        return [rows.logp, rows.q, rows.coef, rows.hidden_grad, rows.stats, rows.state]
 
     for a, b in zip(once(), once(), strict=True):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
-
-
-@on_device
-@pytest.mark.parametrize("hidden", [1, 5, 1024, 1500])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_scale_rows(kernels, device, hidden, dtype):
-    x = torch.randn(6, hidden + 3, device=device).to(dtype)[:, :hidden]
-    factor = torch.randn(6, device=device).to(torch.promote_types(dtype, torch.float32))
-    x[2], factor[2] = INF, 0.0
-    x[3], factor[3] = NAN, -0.0
-    factor[4] = NAN
-    for out_dtype in {dtype, factor.dtype}:
-        out = torch.empty(6, hidden, dtype=out_dtype, device=device)
-        kernels.scale_rows_(out, x, factor)
-        truth = factor[:, None] * x.to(factor.dtype)
-        truth[2:4] = 0.0
-        eps = 0.0 if out_dtype == factor.dtype else ROUNDING * torch.finfo(dtype).eps
-        assert_close(out, truth, eps, 0.0, "out")
-
-
-@on_device
-@pytest.mark.parametrize("start", [0, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_add_target_rows(kernels, device, start, dtype):
-    """Runs of equal targets longer than a block, rows outside, ignored rows, rows of factor 0."""
-    n, width, hidden = 40, 6, 1100
-    targets = torch.randint(-1, 14, (n,))
-    targets[5:18] = 5
-    targets[20], targets[21] = 10**12, -(10**12)
-    targets = targets.to(device)
-    wide = torch.promote_types(dtype, torch.float32)
-    x = torch.randn(n, hidden, device=device).to(dtype)
-    factor = torch.randn(n, device=device).to(wide)
-    x[7], factor[7] = NAN, 0.0
-    out = torch.randn(width, hidden, device=device).to(wide)
-    truth = out.double().clone()
-    for i, t in enumerate(targets.tolist()):
-        if start <= t < start + width and factor[i] != 0.0:
-            truth[t - start] += factor[i].double() * x[i].double()
-    kernels.add_target_rows_(out, x, targets, factor, start)
-    eps = 1e-14 if dtype == torch.float64 else 1e-6
-    assert_close(out, truth, eps, 10 * eps, "out")
-
-
-CU_SEQLENS = [[0], [0, 0], [0, 3], [0, 2, 2, 2500, 2501], [4, 9, 9, 1500]]
-
-
-@on_device
-@pytest.mark.parametrize("bounds", CU_SEQLENS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_segment_sum(kernels, device, bounds, dtype):
-    n = bounds[-1] + 5
-    cu = torch.tensor(bounds, dtype=torch.int32, device=device)
-    values = (-10.0 * torch.rand(2 * n, dtype=dtype, device=device))[::2]
-    got = kernels.segment_sum(values, cu)
-    truth = [values[a:b].double().sum() for a, b in itertools.pairwise(bounds)]
-    assert got.dtype == dtype
-    assert_close(got, torch.tensor(truth, dtype=torch.float64).to(dtype), 1e-15, 0.0, "sums")
-    grad = torch.randn(len(bounds) - 1, dtype=dtype, device=device)
-    back = torch.zeros(n, dtype=dtype, device=device)
-    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
-        back[a:b] = grad[i]
-    assert torch.equal(kernels.segment_sum_backward(grad, cu, n), back)
-
-
-@on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pair_margins(kernels, device, dtype):
-    """Sequences of no token, in no pair, in several, and on both sides of one."""
-    bounds = [3, 8, 8, 2000, 2030]
-    n = bounds[-1] + 4
-    cu = torch.tensor(bounds, dtype=torch.int32, device=device)
-    pairs = torch.tensor([[0, 2], [2, 1], [0, 3], [0, 0], [3, 2]], device=device)
-    logps, ref = -9 * torch.rand(2, n, dtype=dtype, device=device)
-    got = kernels.pair_margins(logps, ref, cu, pairs)
-    ratio = logps.double() - ref.double()
-    sums = torch.stack([ratio[a:b].sum() for a, b in itertools.pairwise(bounds)])
-    chosen, rejected = sums[pairs[:, 0]], sums[pairs[:, 1]]
-    truth = torch.stack([chosen - rejected, chosen, rejected])
-    assert got.dtype == dtype
-    eps = 1e-13 if dtype == torch.float64 else 1.2e-7
-    assert_close(got, truth, eps, eps, "margins")
-    assert (kernels.pair_margins(logps, logps, cu, pairs) == 0.0).all()
-
-    grad = torch.randn(3, 5, dtype=dtype, device=device)
-    leaf = logps.double().clone().requires_grad_()
-    ratio = leaf - ref.double()
-    sums = torch.stack([ratio[a:b].sum() for a, b in itertools.pairwise(bounds)])
-    chosen, rejected = sums[pairs[:, 0]], sums[pairs[:, 1]]
-    margins = torch.stack([chosen - rejected, chosen, rejected])
-    truth = torch.autograd.grad((margins * grad.double()).sum(), leaf)[0]
-    back = kernels.pair_margins_backward(grad, cu, pairs, n)
-    assert_close(back, truth, 2 * eps, 2 * eps, "dlogps")
-    spread = grad[:, :1].expand(3, 5)  # what autograd hands over after a sum
-    assert torch.equal(
-        kernels.pair_margins_backward(spread, cu, pairs, n),
-        kernels.pair_margins_backward(spread.contiguous(), cu, pairs, n),
-    )
-    none = pairs[:0]
-    assert kernels.pair_margins(logps, ref, cu, none).shape == (3, 0)
-    assert (kernels.pair_margins_backward(grad[:, :0], cu, none, n) == 0.0).all()
-
-
-@on_device
-def test_a_sequence_outside_the_tokens_is_nan_not_a_wild_read(kernels, device):
-    cu = torch.tensor([0, 2, 9], dtype=torch.int32, device=device)
-    values = torch.ones(5, device=device)
-    pairs = torch.tensor([[0, 1], [0, 2], [0, -1], [0, 0]], device=device)
-    sums = kernels.segment_sum(values, cu)
-    assert sums[0] == 2.0
-    assert sums[1].isnan()
-    margins = kernels.pair_margins(values, values * 2, cu, pairs)[0]
-    assert margins[:3].isnan().all()
-    assert margins[3] == 0.0
-    assert kernels.segment_sum_backward(torch.ones(2, device=device), cu, 5).tolist() == [1.0] * 5
-
-
-@on_device
-def test_nothing_to_do(kernels, device):
-    empty, none = torch.empty(0, 7, device=device), torch.empty(0, dtype=torch.long, device=device)
-    state, rows = new_state(0, torch.float32, device), torch.empty(3, 0, device=device)
-    kernels.sweep_(empty, empty, state, None, None, none, None, 0, 1.0, 0.0, True)
-    kernels.combine_(state, none, 7, 0.0, 1.0, None, torch.ones(7, 4), None, *rows, None)
-    kernels.scale_rows_(empty, empty, rows[0])
-    out = torch.ones(3, 7, device=device)
-    kernels.add_target_rows_(out, empty, none, rows[0], 0)
-    assert (out == 1.0).all()
-
-
-@on_device
-@pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_op_on_these_kernels(kernels, device, monkeypatch, softcap, bias, budget, dtype):
-    """The public op and its gradients, with this backend under it, against materialised logits."""
-    from fastpref import backends, ops, reference
-
-    monkeypatch.setattr(backends, "_DEVICES", {})
-    weight = torch.randn(70, 12, device=device).to(dtype)
-    hidden, targets = torch.randn(9, 12, device=device).to(dtype), torch.arange(9, device=device)
-    targets[3], targets[5] = -100, 2
-    b = torch.randn(70, device=device).to(dtype) if bias else None
-    upstream = torch.randn(9, dtype=torch.float64, device=device)
-    upstream[1] = 0.0
-
-    def both(function, dtype, **extra):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, b) if x is not None]
-        logp, stats = function(
-            *(leaves[0], leaves[1], targets),
-            bias=leaves[2] if bias else None, scale=0.5, softcap=softcap, **extra,
-        )  # fmt: skip
-        loss = (logp * upstream.to(logp.dtype)).sum()
-        return [logp, *stats, *torch.autograd.grad(loss, leaves)]
-
-    options = {"return_stats": True, "backend": "triton", "memory_budget": budget}
-    got = both(ops.linear_logprobs, dtype, **options)
-    truth = both(reference.linear_logprobs, torch.float64)
-    names = ("logp", "entropy", "lse", "top1", "logit_mean", "log_sum_sq", "dh", "dw", "db")
-    for i, (name, a, t) in enumerate(zip(names, got, truth, strict=False)):
-        eps = 5e-6 if dtype == torch.float32 or i < 6 else 1.2e-2
-        assert_close(a, t, eps, eps * float(t.abs().max()) if i >= 6 else eps, name)

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Segment s is [bounds[s], bounds[s + 1]) of a vector of n tokens. Bounds are not checked, which
-// would take the host, but never lead outside the vector.
+// Segment s is [bounds[s], bounds[s + 1]) of a vector of n tokens. The host does not see the
+// bounds, so it cannot check them: a segment that is not inside the vector sums to NaN.
 struct Segments {
   const int32_t* bounds;
   int64_t count, n;
@@ -23,6 +23,10 @@ struct Segments {
   __device__ int64_t bound(int64_t s) const {
     return bounds[s] < 0 ? 0 : bounds[s] > n ? n : bounds[s];
   }
+  __device__ bool inside(int64_t s) const {
+    return s >= 0 && s < count && 0 <= bounds[s] && bounds[s] <= bounds[s + 1] &&
+           bounds[s + 1] <= n;
+  }
 };
 
 // Sum over the block, given to all its threads. Two barriers.
@@ -35,12 +39,13 @@ __device__ __forceinline__ double sum_of_block(double x) {
   return result;
 }
 
-// Sum of term(i) over segment s, each thread every kThreads-th.
+// Sum of term(i) over segment s, each thread every kThreads-th; NaN if there is no such segment.
 template <class F>
 __device__ __forceinline__ double sum_segment(const Segments& segments, int64_t s, const F& term) {
+  if (!segments.inside(s)) return std::numeric_limits<double>::quiet_NaN();
   double total = 0;
-  const int64_t end = segments.bound(s + 1);
-  for (int64_t i = segments.bound(s) + threadIdx.x; i < end; i += kThreads) total += term(i);
+  const int64_t end = segments.bounds[s + 1];
+  for (int64_t i = segments.bounds[s] + threadIdx.x; i < end; i += kThreads) total += term(i);
   return sum_of_block(total);
 }
 
@@ -95,7 +100,6 @@ __global__ void __launch_bounds__(kThreads)
                         const int64_t* pairs, int64_t num_pairs, c* out) {
   const int64_t p = blockIdx.x;
   const auto ratio = [&](int64_t s) {
-    if (s < 0 || s >= segments.count) return std::numeric_limits<double>::quiet_NaN();
     return sum_segment(segments, s,
                        [&](int64_t i) { return double(logps[i]) - double(ref_logps[i]); });
   };

@@ -298,8 +298,9 @@ Matrix columns(const Matrix& m, int64_t first, int64_t width) {
   return part;
 }
 
-// A slice leaves M where later ones may raise it, but what is stored needs the last M: a tile of
-// several slices is read twice, once for M.
+// A slice leaves M where a later one may raise it, but what is stored needs the last M: a tile of
+// several slices is read twice, the first time for M. Also where nothing is stored, so that it does
+// not change a bit of R whether a gradient is wanted.
 template <class c>
 void run(const Launch& launch, const Sweep<c>& whole, bool with_stats) {
   const Shape shape =
@@ -319,7 +320,7 @@ void run(const Launch& launch, const Sweep<c>& whole, bool with_stats) {
       launch(kernel, std::min(blocks, whole.tile.rows), shape.threads, bytes, part);
     }
   };
-  if (whole.out && shape.slices > 1) slices(true);
+  if (shape.slices > 1) slices(true);
   slices(false);
 }
 

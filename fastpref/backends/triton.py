@@ -7,6 +7,8 @@ shapes are pure functions of the sizes: nothing is tuned, cached or measured at 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 from torch import Tensor
@@ -35,14 +37,22 @@ SEGMENT_BLOCK = 1024
 
 def why_unavailable() -> str:
     """What is missing for Triton kernels to run here; empty if nothing is."""
-    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         return ""
-    return "torch sees no CUDA device"
+    if torch.version.hip is not None:
+        return "the program shapes count on warps of 32 threads, which ROCm devices do not have"
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def available() -> bool:
     """Whether Triton kernels can run here: on a CUDA device, or interpreted."""
     return not why_unavailable()
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device current, where a launch goes; nothing on CPU, for the
+    interpreter."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
 def sweep_config(width: int, dtype: torch.dtype, capped: bool, with_stats: bool) -> dict[str, int]:
@@ -81,7 +91,7 @@ def sweep_(
     n, width = tile.shape
     if n == 0:
         return
-    with torch.cuda.device_of(tile):
+    with _device_of(tile):
         sweep_kernel[(n,)](
             tile,
             out,
@@ -124,7 +134,7 @@ def combine_(
     n, hidden = targets.numel(), weight.shape[1]
     if n == 0:
         return
-    with torch.cuda.device_of(state):
+    with _device_of(state):
         combine_kernel[(n,)](
             state,
             targets,
@@ -156,7 +166,7 @@ def scale_rows_(out: Tensor, x: Tensor, factor: Tensor) -> None:
         return
     n, hidden = out.shape
     config = hidden_config(hidden)
-    with torch.cuda.device_of(out):
+    with _device_of(out):
         scale_rows_kernel[(n, triton.cdiv(hidden, config["BLOCK_H"]))](
             out, x, factor, out.stride(0), x.stride(0), HIDDEN=hidden, **config
         )
@@ -169,7 +179,7 @@ def add_target_rows_(out: Tensor, x: Tensor, targets: Tensor, factor: Tensor, st
         return
     sorted_targets, order = torch.sort(targets, stable=True)
     config = hidden_config(hidden)
-    with torch.cuda.device_of(out):
+    with _device_of(out):
         add_target_rows_kernel[(n, triton.cdiv(hidden, config["BLOCK_H"]))](
             out,
             x,
@@ -192,7 +202,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     num_segments = cu_seqlens.numel() - 1
     out = values.new_empty(num_segments)
     if num_segments:
-        with torch.cuda.device_of(values):
+        with _device_of(values):
             segment_sum_kernel[(num_segments,)](
                 values.contiguous(), cu_seqlens, out, values.numel(), BLOCK=SEGMENT_BLOCK
             )
@@ -204,7 +214,7 @@ def segment_sum_backward(grad: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
     out = grad.new_empty(n)
     if n:
         num_segments = cu_seqlens.numel() - 1
-        with torch.cuda.device_of(grad):
+        with _device_of(grad):
             segment_sum_backward_kernel[(num_segments + 1,)](
                 grad.contiguous(), cu_seqlens, out, num_segments, n, BLOCK=SEGMENT_BLOCK
             )
@@ -216,7 +226,7 @@ def pair_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Te
     num_pairs = pairs.shape[0]
     out = logps.new_empty(3, num_pairs)
     if num_pairs:
-        with torch.cuda.device_of(logps):
+        with _device_of(logps):
             pair_margins_kernel[(num_pairs,)](
                 logps.contiguous(),
                 ref_logps.contiguous(),
@@ -236,7 +246,7 @@ def pair_margins_backward(grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: in
     out = grad.new_empty(n)
     if n:
         num_segments = cu_seqlens.numel() - 1
-        with torch.cuda.device_of(grad):
+        with _device_of(grad):
             pair_margins_backward_kernel[(num_segments + 1,)](
                 grad.contiguous(),
                 cu_seqlens,

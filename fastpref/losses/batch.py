@@ -91,7 +91,7 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class PairLogps(_Batch):
-    """``B`` preference pairs, as log-probabilities in nats; what a loss does not need stays ``None``.
+    """``B`` preference pairs, as log-probabilities in nats; a field not needed stays ``None``.
 
     Shapes are ``(B,)`` where a field's line says nothing. fp32 or float64; less is raised to fp32.
     """
@@ -188,7 +188,7 @@ class PairLogps(_Batch):
 
 @dataclass(frozen=True, eq=False)
 class UnpairedLogps(_Batch):
-    """``N`` responses with a thumb up or down; shapes ``(N,)`` where a field's line says nothing."""
+    """``N`` responses with a thumb up or down; shapes ``(N,)`` if a field's line says nothing."""
 
     kind: ClassVar[str] = "unpaired"
     primary: ClassVar[str] = "logps"

@@ -76,7 +76,7 @@ class Combined:
         """Scale of the rewards that are logged: the first loss's beta."""
 
     def state_batch(self, batch: Any) -> Any:
-        """What the states read, detached: ``.map`` a gather over it, and pass it as ``gathered``."""
+        """What the states read, detached: ``.map`` a gather over it, pass it as ``gathered``."""
         return batch.pick({field for state in self.states.values() for field in state.reads})
 
     def terms(

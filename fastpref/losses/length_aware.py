@@ -121,7 +121,7 @@ def ld_dpo(
 
 
 def _drawn(tokens: Packed, keep: Tensor, generator: torch.Generator | None) -> Tensor:
-    """1 for ``keep[i]`` tokens of sequence ``i``, drawn without replacement, and 0 for the others."""
+    """1 for ``keep[i]`` tokens of sequence ``i``, drawn without replacement, 0 for the others."""
     device = tokens.values.device
     draw_on = device if generator is None else generator.device
     keys = torch.rand(tokens.values.shape, generator=generator, device=draw_on, dtype=torch.float64)

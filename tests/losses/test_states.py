@@ -64,20 +64,22 @@ def test_every_coupled_loss_has_a_state() -> None:
 
 
 @every_state
-def test_ranks_add_up(loss: losses.Loss) -> None:
+@pytest.mark.parametrize("side", [0, 1])
+def test_ranks_add_up(loss: losses.Loss, side: int) -> None:
     """Three ranks with the gathered batch: the values and gradients of one process."""
     name, kind = loss.entry.name, loss.entry.kind
-    options = {"delta_mode": "batch_means"} if "bco" in name or name == "mpo" else {}
+    options = {"delta_mode": "batch_means"} if "delta" in loss.entry.defaults else {}
     options |= {"nll_reduction": "example"} if "nll_reduction" in loss.entry.defaults else {}
     batch = random_batch(kind, 0)
-    leaf = "chosen" if kind == "pair" else "logps"
+    leaf = ("chosen", "rejected")[side] if kind == "pair" else "logps"
 
     def with_leaf() -> tuple[Any, torch.Tensor]:
         x = getattr(batch, leaf).clone().requires_grad_()
         return type(batch)(**{**vars(batch), leaf: x}), x
 
     whole, x = with_leaf()
-    total = losses.combine(name, args=options)(whole).sum()
+    alone = loss.entry.coupled and not loss.entry.stochastic
+    total = (loss if alone else losses.combine(name, args=options))(whole).sum()
     expected = torch.autograd.grad(total, x)[0]
     parts, grads = [], torch.zeros_like(expected)
     for part in (slice(0, 5), slice(5, 8), slice(8, SIZE)):
