@@ -73,21 +73,20 @@ def cases() -> Iterator[Case]:
                 | {"out": out, "offset": offset, "acc": acc, "bias": "fp32" if bias else None},
                 launch.sweep_config(width, torch.float32, capped, stats)
                 | {"WIDTH": width, "HIDDEN": HIDDEN if acc else 0}
-                | {"CAPPED": capped, "WITH_STATS": stats}
-                | launch.UNFUSED,
+                | {"CAPPED": capped, "WITH_STATS": stats},
             )
     done = {name: "fp32" for name in ("state", "logp", "q", "coef")} | {"targets": "i64"}
     yield Case(
         combine.combine_kernel,
         "no gradient",
         done | {"acc": None, "weight": "bf16", "hidden_grad": None, "stats": None},
-        hidden | {"CAPPED": False} | launch.UNFUSED,
+        hidden | {"CAPPED": False},
     )
     yield Case(
         combine.combine_kernel,
         "bf16 gradient, softcap, statistics",
         done | {"acc": "fp32", "weight": "bf16", "hidden_grad": "bf16", "stats": "fp32"},
-        hidden | {"CAPPED": True} | launch.UNFUSED,
+        hidden | {"CAPPED": True},
     )
     yield Case(
         rows.scale_rows_kernel, "bf16", {"out": "bf16", "x": "bf16", "factor": "fp32"}, hidden
@@ -98,7 +97,7 @@ def cases() -> Iterator[Case]:
         {"out": "fp32", "x": "bf16", "sorted_targets": "i64", "order": "i64", "factor": "fp32"},
         hidden | {"BLOCK_R": launch.RUN_BLOCK},
     )
-    tokens = {"BLOCK": launch.SEGMENT_BLOCK, "num_warps": 4}
+    tokens = launch.SEGMENT_CONFIG
     packed = {"cu_seqlens": "i32", "out": "fp32"}
     yield Case(segments.segment_sum_kernel, "fp32", packed | {"values": "fp32"}, tokens)
     yield Case(segments.segment_sum_backward_kernel, "fp32", packed | {"grad": "fp32"}, tokens)

@@ -11,7 +11,8 @@ import torch
 
 from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
 from fastpref.data.tokenize import token_counts
-from fastpref.policy import Batch, causal_lm
+from fastpref.heads import causal_lm
+from fastpref.policy import Batch
 
 logger = logging.getLogger("fastpref")
 
@@ -42,6 +43,14 @@ class TrainerCollator:
         self.collator, self.kind, self.prompts = collator, kind, prompts
         self.references = 1
         """Number of references in the columns."""
+        self.packed = True
+        """Several sequences lie in a row."""
+
+    def unpack(self) -> None:
+        """From here on every sequence has a row of its own, for models that follow no mask."""
+        self.packed = False
+        if hasattr(self.collator, "prefix_sharing"):
+            self.collator.prefix_sharing = False
 
     def __call__(self, features: list[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch."""
@@ -54,6 +63,8 @@ class TrainerCollator:
             )
         if self.prompts:
             _add_prompts(batch, len(features))
+        if not self.packed:
+            _spread(batch)
         names = [name for name in RESPONSES[self.kind] if f"{name}_ids" in features[0]]
         bounds, size = batch["cu_seqlens"].tolist(), len(features)
         groups = bounds[::size] + ([] if (len(bounds) - 1) % size == 0 else bounds[-1:])
@@ -86,6 +97,25 @@ def _add_prompts(batch: dict[str, Any], size: int) -> None:
     }
     for name, more in grown.items():
         batch[name] = torch.cat([batch[name], more.to(batch[name].dtype)])
+
+
+def _spread(batch: dict[str, Any]) -> None:
+    """Give each document a row of its own, with a mask of one flag a token."""
+    documents, positions = batch["document_ids"].flatten(), batch["position_ids"].flatten()
+    real = documents >= 0
+    shape = (int(documents.max()) + 1, int(positions.max()) + 1)
+    place = documents.long() * shape[1] + positions
+    for name, fill in (
+        ("input_ids", 0),
+        ("position_ids", 0),
+        ("branch_ids", 0),
+        ("document_ids", -1),
+    ):
+        spread = batch[name].new_full((shape[0] * shape[1],), fill)
+        spread[place[real]] = batch[name].flatten()[real]
+        batch[name] = spread.view(shape)
+    batch["response_rows"] = place[batch["response_rows"]]
+    batch["attention_mask"] = (batch["document_ids"] >= 0).long()
 
 
 def make_collator(args: Any, tokenizer: Any, combined: Any, model: Any) -> PreferenceCollator:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {
     "demo": ("fastpref.demo", "preference-tune a small real model on this machine, from nothing"),
@@ -72,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastpref {name}: error: {_words(error)}", file=sys.stderr)
         return 2
+
+
+def command() -> str:
+    """What to type for ``fastpref``: its name if the shell finds it, else through this Python."""
+    if shutil.which("fastpref"):
+        return "fastpref"
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return f"{shlex.quote(str(python))} -m fastpref"
 
 
 def _help() -> str:

@@ -171,6 +171,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         "auto", "Pad rows to a multiple of this many tokens. 'auto': no."
     )
     prefix_sharing: bool = _option(True, "Hold the prompt of a pair once, for both responses.")
+    packing: bool = _option(
+        True, "Lay several sequences in a row. Models that cannot are found by the self-check."
+    )
     max_tokens_per_batch: int | None = _option(
         None, "Longest packed row, in tokens. None: max_length."
     )

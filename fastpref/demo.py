@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS, RATE = 24, 1e-5
+from fastpref.cli import command
+
+STEPS, RATE = 20, 1e-5  # 20 x 4 pairs: each training pair once
 HELD_OUT = 40
 BATCH = 4
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 96
@@ -255,16 +257,17 @@ def report(summary: dict[str, Any]) -> str:
 
 def what_next(run_dir: Path) -> str:
     """What to type for a model and data of one's own."""
+    fastpref = command()
     return "\n".join(
         [
             "",
             f"{run_dir}: curves.png, metrics.jsonl, config.yaml, summary.json and the tuned model",
             "",
             "next, with your model and data (JSON lines with prompt, chosen, rejected):",
-            "  fastpref train --model PATH_OR_NAME --dataset pairs.jsonl --loss dpo \\",
-            "                 --output_dir runs/mine --use_peft",
-            "  fastpref losses        # what else --loss takes",
-            "  fastpref doctor        # which kernels run here, and what would add more",
+            f"  {fastpref} train --model PATH_OR_NAME --dataset pairs.jsonl --loss dpo \\",
+            "      --output_dir runs/mine --use_peft",
+            f"  {fastpref} losses    # what else --loss takes",
+            f"  {fastpref} doctor    # which kernels run here, and what would add more",
         ]
     )
 

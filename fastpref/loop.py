@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         self.interrupt = checkpoint.Interrupt()
         self.stopping = False
         """All ranks agreed to stop after this step."""
+        self.checked = False
+        """The model was compared with itself."""
         self.resumed: Path | None = None
         """Checkpoint that the run goes on from."""
         self._window: list[tuple[Tensor, Tensor]] = []
@@ -60,25 +63,34 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             trainer.metrics_file.begin(state.global_step)
         if args.self_check:
-            self._check(fresh=state.global_step == 0)
+            self.check(trainer.train_dataset, fresh=state.global_step == 0)
         trainer.meter.restart()
 
-    def _check(self, fresh: bool) -> None:
+    def check(self, dataset: Any, fresh: bool) -> None:
+        """Compare the fused head, the packed rows and the reference with the model itself.
+
+        A model that cannot read packed rows gets a row for each sequence from here on.
+        """
         trainer = self.trainer
-        rows = trainer.train_dataset
-        rows = (
-            rows.take(2) if not hasattr(rows, "__len__") else rows.select(range(min(2, len(rows))))
-        )
-        kind = trainer.combined.kind
-        examples = [selfcheck.shorten(row, RESPONSES[kind]) for row in rows]
+        self.checked = True
+        rows = list(islice(dataset, 2))
+        names = RESPONSES[trainer.combined.kind]
+        examples = [selfcheck.shorten(row, names) for row in rows]
+        names = tuple(name for name in names if f"{name}_ids" in examples[0])
 
         def collate(rows: list[Any]) -> Any:
-            return trainer._prepare_inputs(trainer.data_collator.collator(rows))
+            return trainer._prepare_inputs(trainer.data_collator(rows))
 
         model, options = trainer.model_wrapped, trainer.head_options
         with trainer.accelerator.autocast():
-            names = [name for name in RESPONSES[kind] if f"{name}_ids" in examples[0]]
-            selfcheck.check_policy(model, examples, collate, names, **options)
+            try:
+                selfcheck.check_policy(model, examples, collate, names, **options)
+            except selfcheck.PackingError as error:
+                if not trainer.data_collator.packed:
+                    raise
+                logger.warning("%s Each sequence gets a row of its own.", error)
+                trainer.data_collator.unpack()
+                selfcheck.check_policy(model, examples, collate, names, **options)
             if fresh and trainer.reference.is_start:
                 selfcheck.check_reference(model, trainer.reference, collate(examples), **options)
 

@@ -2,25 +2,24 @@
 logits.
 
 The model runs unchanged but for two hooks on its output embedding: one takes the hidden states,
-gives the response tokens to :func:`fastpref.ops.linear_logprobs`, and passes an empty slice on, so
-that the model's own head costs nothing; the other returns empty logits that hang on those
+gives the response tokens to :func:`fastpref.linear_logprobs`, and passes an empty slice on, so that
+the model's own head costs nothing; the other returns empty logits that hang on those
 log-probabilities. So there is no per-model code, and what DDP, FSDP and ZeRO tie to a module's
-inputs and outputs still fires in the right order. What a model does to its logits (scale, soft cap,
-padding cut off) is measured once, by feeding known numbers through the code behind its head.
+inputs and outputs still fires in the right order.
 """
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastpref.data.masks import mask_mod, to_attention_mask
+from fastpref.data.masks import PAD_DOCUMENT, mask_mod, to_attention_mask
+from fastpref.heads import Head, causal_lm, logit_transform, output_embedding, read_head
 from fastpref.ops import linear_logprobs
 from fastpref.reference import TokenStats
 
@@ -33,189 +32,12 @@ class ResponseLogps(NamedTuple):
     logps: Tensor
     """Log-probability of each response token, nats, 0 where masked. Shape ``(n,)``, fp32 (float64
     for float64)."""
-    stats: TokenStats | None
+    stats: TokenStats | None = None
     """Statistics of the same tokens, detached; None unless asked for."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: ``cap(scale * (hidden @ weight.T + bias))``."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to the output of its head: ``softcap * tanh(scale * z / softcap)``, first
-    ``vocab_size``."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    vocab_size: int | None = None
-
-
-_transforms: weakref.WeakKeyDictionary[nn.Module, LogitTransform] = weakref.WeakKeyDictionary()
-
-
-def causal_lm(model: Any) -> Any:
-    """The transformers model inside DDP, ``torch.compile``, PEFT and the like; ``model`` itself if
-    there is none."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
-def output_embedding(model: nn.Module) -> Any:
-    """The module that turns hidden states into logits.
-
-    Raises:
-        TypeError: the model has none, so it is not a causal language model.
-    """
-    inner = causal_lm(model)
-    get = getattr(inner, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    if head is None:
-        raise TypeError(
-            f"model: {type(inner).__name__} has no output embedding. Expected a causal language "
-            "model, such as AutoModelForCausalLM.from_pretrained(...) returns."
-        )
-    return head
-
-
-def read_head(module: Any, hidden: Tensor) -> Head:
-    """Hidden states, weight and bias whose product is what ``module`` would return, adapters
-    included.
-
-    A LoRA update ``B @ A`` of the head is carried as extra columns, ``[hidden, scaling * hidden @
-    A.T] @ [W, B].T``: adding it to a bf16 weight would round a small update away.
-
-    Args:
-        module: The output embedding; may be wrapped by PEFT (LoRA, or listed in
-            ``modules_to_save``).
-        hidden: What it was called with. Shape ``(..., H)``.
-
-    Raises:
-        TypeError: The head is quantised, or adapted by a method other than LoRA.
-    """
-    if hasattr(module, "modules_to_save"):
-        active = [] if module.disable_adapters else module.active_adapters
-        return read_head(
-            module.modules_to_save[active[0]] if active else module.original_module, hidden
-        )
-    if hasattr(module, "lora_A"):
-        return _read_lora(module, hidden)
-    if hasattr(module, "base_layer"):
-        raise TypeError(
-            f"model: the output embedding carries a {type(module).__name__} adapter; only LoRA is "
-            "supported there. Take it out of target_modules, or put the head into modules_to_save."
-        )
-    weight = module.weight
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"model: the output embedding is quantised ({weight.dtype}). Keep it in floating "
-            "point, for instance by llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig."
-        )
-    return Head(hidden, weight, getattr(module, "bias", None))
-
-
-def _read_lora(module: Any, hidden: Tensor) -> Head:
-    base = read_head(module.get_base_layer(), hidden)
-    if module.disable_adapters or module.merged:
-        return base
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if any(module.lora_variant.get(name) is not None or module.lora_bias[name] for name in active):
-        raise TypeError(
-            "model: the LoRA adapter on the output embedding uses DoRA, a bias or another variant; "
-            "only plain LoRA is supported there. Take the head out of target_modules, or put it "
-            "into modules_to_save."
-        )
-    hidden_columns, weight_columns = [base.hidden], [base.weight]
-    for name in active:
-        down, up = module.lora_A[name].weight, module.lora_B[name].weight
-        x = module.lora_dropout[name](hidden.to(down.dtype))
-        hidden_columns.append(
-            (module.scaling[name] * nn.functional.linear(x, down)).to(hidden.dtype)
-        )
-        weight_columns.append(up.to(base.weight.dtype))
-    return Head(torch.cat(hidden_columns, -1), torch.cat(weight_columns, -1), base.bias)
-
-
-def logit_transform(model: nn.Module) -> LogitTransform:
-    """Scale, soft cap and vocabulary size that a model applies behind its head, measured once a
-    model and kept.
-
-    Powers of two replace the head's output in a forward of one token; what the model returns for
-    them tells the rest.
-
-    Raises:
-        ValueError: what the model does to its logits is neither a scale nor a soft cap.
-    """
-    inner = causal_lm(model)
-    if inner not in _transforms:
-        _transforms[inner] = _measure(model, inner)
-    return _transforms[inner]
-
-
-def _measure(model: nn.Module, inner: Any) -> LogitTransform:
-    small, large = 2.0**-10, 2.0**20
-    points = torch.tensor([small, large, *(s * 2.0**k for k in range(-6, 10) for s in (1, -1))])
-    fed: list[Tensor] = []
-    head_size: list[int] = []
-
-    def feed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        vocab_size = output.shape[-1]
-        head_size.append(vocab_size)
-        rows = -(-len(points) // vocab_size)
-        repeats = rows * vocab_size // len(points) + 1
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        fed.append(points.to(dtype).repeat(repeats)[: rows * vocab_size])
-        return fed[0].to(output.device).view(1, rows, vocab_size)
-
-    handle = output_embedding(model).register_forward_hook(feed)
-    device = inner.get_input_embeddings().weight.device
-    try:
-        with torch.no_grad(), evaluating(model):
-            got = model(
-                input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False
-            ).logits
-    finally:
-        handle.remove()
-    vocab_size = got.shape[-1]
-    z = fed[0].view(1, got.shape[1], -1)[..., :vocab_size]
-    got = got.to(z.dtype).cpu()
-    scale = float(got[z == small][0]) / small
-    cap = float(got[z == large][0])
-    softcap = cap if abs(cap) < 0.5 * abs(scale) * large else None
-    expected = scale * z if softcap is None else softcap * torch.tanh(scale * z / softcap)
-    if not torch.allclose(got, expected, rtol=1e-2, atol=1e-6):
-        worst = int((got - expected).abs().flatten().argmax())
-        fed_in, came_out = float(z.flatten()[worst]), float(got.flatten()[worst])
-        raise ValueError(
-            f"model: {type(inner).__name__} changes its logits in a way that is neither a scale "
-            f"nor a soft cap: {fed_in:g} becomes {came_out:g}. "
-            "Such a model cannot be trained with the fused head."
-        )
-    return LogitTransform(scale, softcap, None if vocab_size == head_size[0] else vocab_size)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for the duration, each module's own mode restored after it."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
+    extra: Any = None
+    """What ``inspect`` returned."""
+    aux_loss: Tensor | None = None
+    """Load-balancing loss of a mixture of experts; None unless asked for."""
 
 
 Near = Callable[[Tensor, Tensor], Tensor]
@@ -279,12 +101,33 @@ def _block_mask(batch: Batch, near: Near | None, implementation: str, dtype: tor
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The keyword arguments of a forward over the rows of a batch."""
-    return {
-        "input_ids": batch["input_ids"],
-        "attention_mask": attention_mask(model, batch),
-        "position_ids": batch["position_ids"],
-        "use_cache": False,
-    }
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:  # one sequence a row, padded at its end
+        return inputs | {"attention_mask": mask}
+    mask = attention_mask(model, batch)
+    return inputs | {"attention_mask": mask, "position_ids": batch["position_ids"]}
+
+
+@contextmanager
+def _balancing_over(model: nn.Module, batch: Batch) -> Iterator[None]:
+    """Have a mixture of experts balance over the tokens of packed rows.
+
+    transformers' balancing loss reads the attention mask as one flag a token, which a packed row's
+    mask is not.
+    """
+    module = sys.modules[type(causal_lm(model)).__module__]
+    balance = module.load_balancing_loss_func
+    tokens = batch["document_ids"] != PAD_DOCUMENT
+
+    def over_tokens(gates: Any, experts: Any = None, top_k: int = 2, mask: Any = None) -> Any:
+        return balance(gates, experts, top_k, tokens)
+
+    module.load_balancing_loss_func = over_tokens  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.load_balancing_loss_func = balance  # type: ignore[attr-defined]
 
 
 def response_logps(
@@ -292,6 +135,8 @@ def response_logps(
     batch: Batch,
     *,
     return_stats: bool = False,
+    inspect: Callable[[Head], Any] | None = None,
+    balance_experts: bool = False,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> ResponseLogps:
@@ -303,14 +148,18 @@ def response_logps(
     Args:
         model: A transformers causal language model, wrapped (PEFT, DDP, FSDP) or not.
         batch: What :class:`fastpref.data.PreferenceCollator` returns, on the model's device:
-            ``input_ids (R, T)``, ``position_ids (R, T)``, ``attention_mask (R, 1, T, T)`` bool,
-            ``response_rows (n,)``, ``response_targets (n,)``.
+            ``input_ids (R, T)``, ``position_ids (R, T)``, ``attention_mask (R, 1, T, T)`` bool (or
+            ``(R, T)``: one sequence a row), ``response_rows (n,)``, ``response_targets (n,)``.
         return_stats: Also return entropy, top-1 and the like, from the same pass.
+        inspect: Called with the head and the hidden states of the response tokens, while a sharded
+            head is gathered; what it returns comes back as ``extra``.
+        balance_experts: Also return the load-balancing loss of a mixture of experts.
         backend: As in :func:`fastpref.linear_logprobs`.
         memory_budget: As in :func:`fastpref.linear_logprobs`.
 
     Returns:
-        Log-probabilities in nats, differentiable in every trainable parameter, and the statistics.
+        Log-probabilities in nats, differentiable in every trainable parameter, and what else was
+        asked for.
 
     Raises:
         TypeError: The model has no output embedding, or one that cannot be read.
@@ -319,43 +168,44 @@ def response_logps(
     Numerics:
         As :func:`fastpref.linear_logprobs`: fp32 logits and sums whatever the model's dtype.
     """
-    head_module = output_embedding(model)
-    transform = logit_transform(model)
+    head_module, transform = output_embedding(model), logit_transform(model)
     result: list[ResponseLogps] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0].flatten(0, -2).index_select(0, batch["response_rows"])
-        head = read_head(module, hidden)
-        size = transform.vocab_size
-        logps = linear_logprobs(
+        head = read_head(module, hidden).under(transform)
+        found = linear_logprobs(
             head.hidden,
-            head.weight if size is None else head.weight[:size],
+            head.weight,
             batch["response_targets"],
-            bias=head.bias if size is None or head.bias is None else head.bias[:size],
-            scale=transform.scale,
-            softcap=transform.softcap,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
             return_stats=return_stats,
             backend=backend,
             memory_budget=memory_budget,
         )
-        result.append(
-            ResponseLogps(*logps) if isinstance(logps, tuple) else ResponseLogps(logps, None)
-        )
+        logps, stats = found if isinstance(found, tuple) else (found, None)
+        result.append(ResponseLogps(logps, stats, None if inspect is None else inspect(head)))
         return (args[0][:, :0], *args[1:])
 
     def anchor(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return result[0].logps[:0].to(output.dtype).view(1, 0, 1).expand(output.shape)
 
+    inputs = model_inputs(model, batch)
+    if balance_experts:
+        inputs["output_router_logits"] = True
     handles = [
         head_module.register_forward_pre_hook(take),
         head_module.register_forward_hook(anchor, prepend=True),
     ]
     try:
-        output = model(**model_inputs(model, batch))
+        with _balancing_over(model, batch) if balance_experts else nullcontext():
+            output = model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    logps, stats = result[0]
     # An empty sum adds exactly 0, and makes the model's output part of the graph: the hooks that
     # gather a sharded head for the backward run before the op's own backward can.
-    return ResponseLogps(logps + output.logits.sum(), stats)
+    logps = result[0].logps + output.logits.sum()
+    return result[0]._replace(logps=logps, aux_loss=getattr(output, "aux_loss", None))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.batches import RESPONSES, TOKEN_COLUMN
+from fastpref.heads import causal_lm, evaluating
 from fastpref.models import load_model
 from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
-from fastpref.policy import Batch, causal_lm, evaluating, response_logps
+from fastpref.policy import Batch, response_logps
 
 logger = logging.getLogger("fastpref")
 

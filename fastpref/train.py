@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from fastpref.cli import command
 from fastpref.config import PreferenceConfig, translate
 from fastpref.recorder import draw_run, record, resolved
 
@@ -197,10 +199,10 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
     except KeyboardInterrupt as stop:
         if not str(stop):  # interrupted twice: nothing was saved
             raise
-        again = f"fastpref train --config {config.output_dir}/config.yaml"
+        saved = shlex.quote(str(Path(config.output_dir or "", "config.yaml")))
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step} and saved; this goes on:\n"
-            f"  {again} --resume_from_checkpoint true"
+            f"  {command()} train --config {saved} --resume_from_checkpoint true"
         ) from None
     finally:
         draw_run(Path(config.output_dir or ""))

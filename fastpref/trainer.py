@@ -30,11 +30,12 @@ from fastpref.batches import (
     prepare_dataset,
 )
 from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
+from fastpref.heads import causal_lm
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
 from fastpref.models import prepare_policy, without_dropout
 from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses, weigh
-from fastpref.policy import Batch, causal_lm, response_logps
+from fastpref.policy import Batch, response_logps
 from fastpref.ranks import Ranks
 from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
 
@@ -167,11 +168,20 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """Move the reference's models to their device; score the data with it, if asked to."""
         reference = self.reference
         reference.place(self.accelerator)
+        if not self.args.packing:
+            self.data_collator.unpack()
         if self.args.precompute_ref_log_probs and isinstance(reference, (AdapterOff, Frozen)):
+            self._check_once(self.train_dataset)
             self.train_dataset = each(self._scored, self.train_dataset, "train")
             self.eval_dataset = each(self._scored, self.eval_dataset, "eval")
             self.reference = Stored(reference.count)
             self.data_collator.references = reference.count
+
+    def _check_once(self, dataset: Any) -> None:
+        """The self-check before the first use of the model, where it is not sharded later."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.self_check and dataset is not None and not self.loop.checked and not sharded:
+            self.loop.check(dataset, fresh=False)
 
     def _scored(self, dataset: Any, name: str) -> Any:
         args = self.args
@@ -285,6 +295,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.eval_meter, started = Meter(), time.perf_counter()
         kind, prompts = self.combined.kind, "prompt" in self.combined.needs
         self._eval_rates = likelihood_rates(dataloader.dataset, kind, prompts)
+        self._check_once(dataloader.dataset)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )

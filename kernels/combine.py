@@ -98,11 +98,11 @@ def combine_kernel(
         weight += tl.where(inside, target, 0) * weight_stride
         acc += row * acc_stride
         hidden_grad += row * grad_stride
+        end = tl.where(counts, HIDDEN, 0)
         for first in tl.range(0, HIDDEN, BLOCK_H):
             at = first + tl.arange(0, BLOCK_H)
-            mine = counts & (at < HIDDEN)
+            mine = at < end
             toward = tl.load(weight + at, mask=mine, other=0.0).to(b_q.dtype)
             away = tl.load(acc + at, mask=mine, other=0.0)
             unit = tl.cast(scale, b_q.dtype) * (b_q * toward - b_coef * away)
-            unit = tl.where(counts, unit, 0.0).to(hidden_grad.dtype.element_ty)
-            tl.store(hidden_grad + at, unit, mask=at < HIDDEN)
+            tl.store(hidden_grad + at, unit.to(hidden_grad.dtype.element_ty), mask=at < HIDDEN)

@@ -74,7 +74,7 @@ def add_target_rows_kernel(
         total += tl.sum(f[:, None] * values.to(total.dtype), 0)
         run += BLOCK_R
         more = tl.sum(mine.to(tl.int32), 0) == BLOCK_R
-    mask = owns & (at < HIDDEN)
+    mask = at < tl.where(owns, HIDDEN, 0)
     out += (tl.where(owns, target - start, 0)) * out_stride
     old = tl.load(out + at, mask=mask, other=0.0)
     tl.store(out + at, old + total, mask=mask)

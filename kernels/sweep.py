@@ -12,13 +12,13 @@ from .numerics import cap_slope, exp_nonpositive, logit
 
 
 @triton.jit
-def _load(line, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr):
+def _load(line, first, CHUNK: tl.constexpr, CAPPED: tl.constexpr):
     """Logits of the columns from ``first`` on, and which of them are another token's; -inf where
     not.
     """
-    tile, bias, column, counts, scale, softcap = line
+    tile, bias, column, end, scale, softcap = line
     at = first + tl.arange(0, CHUNK)
-    inside = (at < WIDTH) & counts
+    inside = at < end
     b = 0.0
     if bias is not None:
         b = tl.load(bias + at, mask=inside, other=0.0)
@@ -33,14 +33,13 @@ def _survey(
     seen,
     line,
     first,
-    WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
     WITH_STATS: tl.constexpr,
 ):
     """First look at a chunk: its logits, and the maximum and the sum so far, lane by lane."""
     highest, logits = seen
-    z, others = _load(line, first, WIDTH, CHUNK, CAPPED)
+    z, others = _load(line, first, CHUNK, CAPPED)
     if WITH_STATS:
         logits += tl.where(others, z, 0.0)
     return z, (tl.maximum(highest, z), logits)
@@ -151,17 +150,18 @@ def sweep_kernel(
     z_target = logit(x_target, b_target, scale, softcap, bias is not None, CAPPED)
 
     max_old = tl.load(state)
-    line = (tile, bias, column, counts, scale, softcap)
+    # an ignored row has no columns to read
+    line = (tile, bias, column, tl.where(counts, WIDTH, 0), scale, softcap)
     zeros = tl.zeros([CHUNK], max_old.dtype)
     seen = (zeros + max_old, zeros)
     held = ()
     if HELD:
         for first in tl.static_range(0, WIDTH, CHUNK):
-            z, seen = _survey(seen, line, first, WIDTH, CHUNK, CAPPED, WITH_STATS)
+            z, seen = _survey(seen, line, first, CHUNK, CAPPED, WITH_STATS)
             held = held + (z,)  # noqa: RUF005  the compiler knows no starred tuples
     else:
         for first in tl.range(0, WIDTH, CHUNK):
-            _, seen = _survey(seen, line, first, WIDTH, CHUNK, CAPPED, WITH_STATS)
+            _, seen = _survey(seen, line, first, CHUNK, CAPPED, WITH_STATS)
     max_new = tl.max(seen[0], 0)
     # while no finite logit has been seen, E = exp(-inf - 0) = 0
     base = tl.where(max_new == float("-inf"), 0.0, max_new)
@@ -174,7 +174,7 @@ def sweep_kernel(
             sums = _fold(sums, z, base, out, first, softcap, WIDTH, CHUNK, CAPPED, WITH_STATS)
     else:
         for first in tl.range(0, WIDTH, CHUNK):
-            z, _ = _load(line, first, WIDTH, CHUNK, CAPPED)
+            z, _ = _load(line, first, CHUNK, CAPPED)
             sums = _fold(sums, z, base, out, first, softcap, WIDTH, CHUNK, CAPPED, WITH_STATS)
     total, weighted, squares = sums
 

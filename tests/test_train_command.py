@@ -127,7 +127,7 @@ def test_an_interrupted_run_says_how_it_goes_on_and_does(model, pairs, tmp_path)
     assert (output / f"checkpoint-{step}" / "model.safetensors").exists()
     assert (output / "curves.png").exists()
     resume = re.search(
-        r"^  fastpref (train --config (\S+) --resume_from_checkpoint true)$", err, re.M
+        r"^  .*fastpref (train --config (\S+) --resume_from_checkpoint true)$", err, re.M
     )
     assert cli.main([*resume[1].split(), "--max_steps", str(step + 2)]) == 0
     rows = list(map(json.loads, metrics.read_text().splitlines()))

@@ -31,32 +31,39 @@ struct alignas(sizeof(T) * k < 16 ? sizeof(T) * k : 16) Pack {
   }
 };
 
-// to[e] = from[e], and 0 from `count` on.
+// In the place of a count: all elements exist, and the address is aligned.
+struct Whole {};
+
+// to[e] = from[e].
 template <class T, int k, class c>
-__device__ __forceinline__ void load(c (&to)[k], const T* from, int count) {
-  if (Pack<T, k>::fits(from, count)) {
-    const auto pack = *reinterpret_cast<const Pack<T, k>*>(from);
+__device__ __forceinline__ void load(c (&to)[k], const T* from, Whole) {
+  const auto pack = *reinterpret_cast<const Pack<T, k>*>(from);
 #pragma unroll
-    for (int e = 0; e < k; ++e) to[e] = static_cast<c>(pack.v[e]);
-  } else {
-#pragma unroll
-    for (int e = 0; e < k; ++e) to[e] = e < count ? static_cast<c>(from[e]) : c(0);
-  }
+  for (int e = 0; e < k; ++e) to[e] = static_cast<c>(pack.v[e]);
 }
 
-// to[e] = from[e] for e < count.
+// The same for e < count; 0 from there on.
+template <class T, int k, class c>
+__device__ __forceinline__ void load(c (&to)[k], const T* from, int count) {
+  if (Pack<T, k>::fits(from, count)) return load(to, from, Whole());
+#pragma unroll
+  for (int e = 0; e < k; ++e) to[e] = e < count ? static_cast<c>(from[e]) : c(0);
+}
+
+template <class T, int k, class c>
+__device__ __forceinline__ void store(T* to, const c (&from)[k], Whole) {
+  Pack<T, k> pack;
+#pragma unroll
+  for (int e = 0; e < k; ++e) pack.v[e] = static_cast<T>(from[e]);
+  *reinterpret_cast<Pack<T, k>*>(to) = pack;
+}
+
 template <class T, int k, class c>
 __device__ __forceinline__ void store(T* to, const c (&from)[k], int count) {
-  if (Pack<T, k>::fits(to, count)) {
-    Pack<T, k> pack;
+  if (Pack<T, k>::fits(to, count)) return store(to, from, Whole());
 #pragma unroll
-    for (int e = 0; e < k; ++e) pack.v[e] = static_cast<T>(from[e]);
-    *reinterpret_cast<Pack<T, k>*>(to) = pack;
-  } else {
-#pragma unroll
-    for (int e = 0; e < k; ++e) {
-      if (e < count) to[e] = static_cast<T>(from[e]);
-    }
+  for (int e = 0; e < k; ++e) {
+    if (e < count) to[e] = static_cast<T>(from[e]);
   }
 }
 

@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kRowThreads)
 // Bytes: H * sizeof(x) read per row, H * sizeof(c) read and written per distinct target; n * 8 of
 // targets per block, from the cache.
 // Why this shape: most targets are rare, so most blocks add one row; reading all targets costs them
-// less than a sort would. Six blocks a multiprocessor leave each thread registers enough.
+// less than a sort would. Four blocks a multiprocessor leave each thread registers enough.
 template <class c>
-__global__ void __launch_bounds__(kRowThreads, 6)
+__global__ void __launch_bounds__(kRowThreads, 4)
     add_target_rows_kernel(const Matrix out, const Matrix x, const int64_t* targets,
                            const c* factors, int64_t start, int64_t column_blocks) {
   __shared__ unsigned found[kRowThreads / kWarp];

@@ -78,20 +78,13 @@ struct Share {
   // Where this thread keeps its share of the coming row; no other thread looks there.
   __device__ c* staged() const { return reinterpret_cast<c*>(dynamic_shared) + first; }
 
-  // A vector of the row fetched last, once that has arrived.
-  __device__ __forceinline__ void take(c (&to)[kLane], int vector) const {
-    const auto pack = *reinterpret_cast<const Pack<c, kLane>*>(staged() + offset(vector));
-#pragma unroll
-    for (int e = 0; e < kLane; ++e) to[e] = pack.v[e];
-  }
-
   // Calls f(vector, count, at + its offset) for every vector, of which `count` elements exist. One
-  // test decides for all of them whether they are whole and aligned.
+  // test tells for all of them whether they are whole.
   template <class T, class F>
   __device__ __forceinline__ void each(T* at, const F& f) const {
     if (Pack<T, kLane>::fits(at, rest - offset(kVectors - 1))) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) f(k, kLane, at + offset(k));
+      for (int k = 0; k < kVectors; ++k) f(k, Whole(), at + offset(k));
     } else {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) f(k, rest - offset(k), at + offset(k));
@@ -100,21 +93,23 @@ struct Share {
 
   // Starts the copy of a row to shared memory.
   __device__ void fetch(const c* row) const {
-    each(row + first, [&](int k, int count, const c* from) {
-      c* const to = staged() + offset(k);
-      if (Pack<const c, kLane>::fits(from, count)) {
-        __pipeline_memcpy_async(to, from, 16);
-        return;
-      }
-      for (int e = 0; e < kLane; ++e) {
-        if (e < count) {
-          __pipeline_memcpy_async(to + e, from + e, sizeof(c));
-        } else {
-          to[e] = c(0);
-        }
-      }
-    });
+    each(row + first,
+         [&](int k, auto count, const c* from) { copy(staged() + offset(k), from, count); });
     __pipeline_commit();
+  }
+
+  static __device__ void copy(c* to, const c* from, Whole) {
+    __pipeline_memcpy_async(to, from, 16);
+  }
+
+  static __device__ void copy(c* to, const c* from, int count) {
+    for (int e = 0; e < kLane; ++e) {
+      if (e < count) {
+        __pipeline_memcpy_async(to + e, from + e, sizeof(c));
+      } else {
+        to[e] = c(0);
+      }
+    }
   }
 };
 
@@ -136,9 +131,9 @@ __device__ __forceinline__ c read_logits(typename Share<c>::Values& z, const Sha
   c sum = 0;
   __pipeline_wait_prior(0);
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) share.take(z[k], k);
+  for (int k = 0; k < kVectors; ++k) load(z[k], share.staged() + Share<c>::offset(k), Whole());
   if (a.bias != nullptr) {
-    share.each(a.bias + share.first, [&](int k, int count, const c* from) {
+    share.each(a.bias + share.first, [&](int k, auto count, const c* from) {
       c bias[kLane];
       load(bias, from, count);
 #pragma unroll
@@ -279,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a)
     if (!a.out) continue;
     with_stored_type(a.out.dtype, [&](auto* type) {
       auto* const to = static_cast<decltype(type)>(a.out.at(i));
-      share.each(to + share.first, [&](int k, int count, auto* at) { store(at, z[k], count); });
+      share.each(to + share.first, [&](int k, auto count, auto* at) { store(at, z[k], count); });
     });
   }
 }

@@ -31,8 +31,8 @@ differently in each variant of a kernel, and log-probabilities would differ in t
 between a policy, which wants gradients and statistics, and its reference, which wants neither."""
 RUN_BLOCK = 4
 """Rows with the same target that are read at once."""
-SEGMENT_BLOCK = 1024
-"""Tokens, or pairs, that a program of the segment kernels takes at a time."""
+SEGMENT_CONFIG = {"BLOCK": 1024, "num_warps": 4} | UNFUSED
+"""Program shape of the segment and pair kernels: tokens, or pairs, taken at a time."""
 
 
 def why_unavailable() -> str:
@@ -58,20 +58,21 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def sweep_config(width: int, dtype: torch.dtype, capped: bool, with_stats: bool) -> dict[str, int]:
     """Program shape of the sweep over rows of ``width`` columns.
 
-    32 columns a thread, taken 4 at a time. CHUNK and num_warps decide the order of the sums, so
-    they follow from the width alone; HELD only decides where a row waits between its maximum and
-    its exponentials. Softcap and statistics together leave no registers for the widest rows.
+    32 columns a thread, taken 4 at a time; rows too wide to hold are walked by 16 warps, of which a
+    multiprocessor takes several. CHUNK and num_warps decide the order of the sums, so they follow
+    from the width alone; HELD only decides where a row waits between its maximum and its
+    exponentials. Softcap and statistics together leave no registers for the widest rows.
     """
-    warps = min(max(triton.next_power_of_2(width) // 1024, 1), 32)
+    warps = 16 if width > WIDEST_HELD else max(triton.next_power_of_2(width) // 1024, 1)
     widest = WIDEST_HELD // 2 if capped and with_stats else WIDEST_HELD
     held = dtype == torch.float32 and width <= widest
-    return {"CHUNK": 128 * warps, "HELD": held, "num_warps": warps}
+    return {"CHUNK": 128 * warps, "HELD": held, "num_warps": warps} | UNFUSED
 
 
 def hidden_config(hidden_size: int) -> dict[str, int]:
     """Program shape of the kernels over rows of ``hidden_size`` columns, 8 a thread."""
     block = min(max(triton.next_power_of_2(hidden_size), 256), 1024)
-    return {"BLOCK_H": block, "num_warps": block // 256}
+    return {"BLOCK_H": block, "num_warps": block // 256} | UNFUSED
 
 
 def sweep_(
@@ -111,7 +112,6 @@ def sweep_(
             HIDDEN=0 if acc is None else acc.shape[1],
             CAPPED=softcap > 0.0,
             WITH_STATS=with_stats,
-            **UNFUSED,
             **sweep_config(width, tile.dtype, softcap > 0.0, with_stats),
         )
 
@@ -155,7 +155,6 @@ def combine_(
             softcap,
             HIDDEN=hidden,
             CAPPED=softcap > 0.0,
-            **UNFUSED,
             **hidden_config(hidden),
         )
 
@@ -204,7 +203,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     if num_segments:
         with _device_of(values):
             segment_sum_kernel[(num_segments,)](
-                values.contiguous(), cu_seqlens, out, values.numel(), BLOCK=SEGMENT_BLOCK
+                values.contiguous(), cu_seqlens, out, values.numel(), **SEGMENT_CONFIG
             )
     return out
 
@@ -216,7 +215,7 @@ def segment_sum_backward(grad: Tensor, cu_seqlens: Tensor, n: int) -> Tensor:
         num_segments = cu_seqlens.numel() - 1
         with _device_of(grad):
             segment_sum_backward_kernel[(num_segments + 1,)](
-                grad.contiguous(), cu_seqlens, out, num_segments, n, BLOCK=SEGMENT_BLOCK
+                grad.contiguous(), cu_seqlens, out, num_segments, n, **SEGMENT_CONFIG
             )
     return out
 
@@ -236,7 +235,7 @@ def pair_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Te
                 cu_seqlens.numel() - 1,
                 num_pairs,
                 logps.numel(),
-                BLOCK=SEGMENT_BLOCK,
+                **SEGMENT_CONFIG,
             )
     return out
 
@@ -255,6 +254,6 @@ def pair_margins_backward(grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: in
                 num_segments,
                 pairs.shape[0],
                 n,
-                BLOCK=SEGMENT_BLOCK,
+                **SEGMENT_CONFIG,
             )
     return out

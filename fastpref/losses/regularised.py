@@ -52,6 +52,19 @@ def mpo(
     )
 
 
+def _with_likelihood(
+    p: PairLogps,
+    beta: float,
+    nll_weight: float,
+    reduction: str,
+    scope: str,
+    tokens_per_pair: float | Tensor | None,
+) -> Tensor:
+    """DPO plus the likelihood of the chosen response: both RPOs, which differ in its reduction."""
+    likelihood = nll(p, "chosen", reduction, scope, tokens_per_pair)
+    return -F.logsigmoid(beta * p.margin) + nll_weight * likelihood
+
+
 @register(
     "rpo",
     needs={"ref", "lengths"},
@@ -71,8 +84,7 @@ def rpo(
     tokens_per_pair: float | Tensor | None = None,
 ) -> Tensor:
     """DPO plus the summed likelihood of the chosen response."""
-    likelihood = nll(p, "chosen", nll_reduction, nll_scope, tokens_per_pair)
-    return -F.logsigmoid(beta * p.margin) + nll_weight * likelihood
+    return _with_likelihood(p, beta, nll_weight, nll_reduction, nll_scope, tokens_per_pair)
 
 
 @register(
@@ -95,5 +107,4 @@ def iterative_rpo(
     tokens_per_pair: float | Tensor | None = None,
 ) -> Tensor:
     """DPO plus the likelihood of the chosen response per token."""
-    likelihood = nll(p, "chosen", nll_reduction, nll_scope, tokens_per_pair)
-    return -F.logsigmoid(beta * p.margin) + nll_weight * likelihood
+    return _with_likelihood(p, beta, nll_weight, nll_reduction, nll_scope, tokens_per_pair)

@@ -99,6 +99,22 @@ def test_values_out_of_range(
         losses.get(name)(PAIRS, **arguments)
 
 
+@pytest.mark.parametrize("loss", registry.values(), ids=registry)
+def test_nothing_outside_a_range_is_accepted(loss: losses.Loss) -> None:
+    for name, parameter in loss.entry.parameters.items():
+        if "|" in parameter.valid:
+            outside = ["no such word"]
+        elif parameter.valid:
+            low, high = (float(x) for x in parameter.valid[1:-1].split(","))
+            outside = [float("nan"), low - 0.1, high + 0.1, float("inf")]
+            outside += [low] * (parameter.valid[0] == "(") + [high] * (parameter.valid[-1] == ")")
+        else:
+            continue
+        for value in outside:
+            with pytest.raises(ValueError, match=name):
+                loss.check({name: value})
+
+
 def test_a_number_of_the_batch_is_not_checked() -> None:
     assert losses.get("dpo")(PAIRS, beta=torch.tensor([0.1, 0.2])).shape == (2,)
 

@@ -145,6 +145,22 @@ def test_first_batch_seeds_the_average_or_zero_does() -> None:
     assert float(from_zero["ema_std"]) == pytest.approx(0.1 * float(gap.std()))
 
 
+@pytest.mark.parametrize("mode", ["batch_means", "elements", "ema", "zero"])
+def test_delta_over_batches_of_different_size(mode: str) -> None:
+    batches = [random_pairs(seed, size) for seed, size in ((0, 2), (1, 9), (2, 4))]
+    rewards = [0.3 * torch.cat(batch.logratios) for batch in batches]
+    means = [float(r.mean()) for r in rewards]
+    expected = {
+        "batch_means": sum(means) / 3,
+        "elements": float(torch.cat(rewards).mean()),
+        "ema": 0.9 * (0.9 * means[0] + 0.1 * means[1]) + 0.1 * means[2],
+        "zero": 0.0,
+    }
+    state = losses.get("bco_pair").entry.state(beta=0.3, delta_mode=mode, momentum=0.9)
+    delta = [state.kwargs(batch)["delta"] for batch in batches][-1]
+    assert float(delta) == pytest.approx(expected[mode], rel=1e-12)
+
+
 def test_no_variation_yet_is_no_z_score() -> None:
     """One pair a batch has no standard deviation; the second must not be divided by 0."""
     for name in ("alpha_dpo", "beta_dpo"):

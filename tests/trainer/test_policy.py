@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref import policy
+from fastpref import heads, policy
 from fastpref.data import PreferenceCollator
 
 SIZES = {
@@ -178,7 +178,7 @@ def test_heads_that_cannot_be_read_are_refused() -> None:
     model = make_model("llama")
     model.lm_head.weight = nn.Parameter(torch.zeros(97, 16, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match="quantised"):
-        policy.read_head(model.lm_head, torch.zeros(1, 32))
+        heads.read_head(model.lm_head, torch.zeros(1, 32))
     with pytest.raises(TypeError, match="LlamaModel has no output embedding"):
         policy.response_logps(model.model, batch)
 
@@ -207,7 +207,7 @@ def test_what_follows_the_head_is_measured() -> None:
             row[name] = [i % 90 for i in row[name]]
     batch = make_batch(examples)
     model = Wrapped(lambda z: 5 * torch.tanh(z[..., :90] * 0.7 / 5))
-    found = policy.logit_transform(model)
+    found = heads.logit_transform(model)
     assert (found.scale, found.softcap, found.vocab_size) == (pytest.approx(0.7), 5.0, 90)
     expected = one_by_one(model, examples)
     torch.testing.assert_close(
@@ -215,13 +215,13 @@ def test_what_follows_the_head_is_measured() -> None:
     )
     for change in (lambda z: z.relu(), lambda z: z + 1, lambda z: z.flip(-1)):
         with pytest.raises(ValueError, match="neither a scale nor a soft cap"):
-            policy.logit_transform(Wrapped(change))
+            heads.logit_transform(Wrapped(change))
 
 
 def test_the_models_own_head_multiplies_nothing_and_hooks_go() -> None:
     model = make_model("llama")
     batch = make_batch(rows())
-    policy.logit_transform(model)
+    heads.logit_transform(model)
     sizes = []
     handle = model.lm_head.register_forward_hook(lambda m, i, o: sizes.append(i[0].shape[1]))
     policy.response_logps(model, batch)
@@ -238,7 +238,7 @@ def test_evaluating_restores_each_module() -> None:
     model = make_model("llama").train()
     model.model.layers[0].eval()
     before = [m.training for m in model.modules()]
-    with policy.evaluating(model):
+    with heads.evaluating(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == before
 

@@ -47,8 +47,8 @@ def test_two_ranks_make_the_same_update(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     two: dict[str, Any] = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-9)
-    # AOT's quantiles are those of a micro-batch over all ranks: fewer ranks, other batches.
-    coupled = {"eval_loss", "eval_loss/aot"}
+    # Quantiles and reward shift are of a micro-batch over all ranks: another in the evaluation.
+    coupled = {"eval_loss", "eval_loss/aot", "eval_loss/bco_pair"}
     for ours, alone in zip(two["logs"], one["logs"], strict=True):
         for key in set(alone) - coupled:
             if not any(word in key for word in ("time", "mem/", "per_s")):
