@@ -125,6 +125,8 @@ def main(argv: Sequence[str]) -> int:
         for system in systems(asked.plugin):
             print(f"{system.name:28} {system.op:14} {' '.join(system.schedules)}")
         return 0
+    if asked.rounds < 1:
+        raise ValueError(f"--rounds: expected at least 1, got {asked.rounds}")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -150,7 +150,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     )
     trust_remote_code: bool = _option(False, "Run Python code that ships with a model.")
     router_aux_loss_coef: float | None = _option(
-        None, "Weight of the load-balancing loss of a mixture of experts. None: no such loss."
+        None, "Weight of a mixture of experts' load-balancing loss. None: its config's; 0: none."
     )
     disable_dropout: bool = _option(True, "Turn dropout off in policy and reference.")
     activation_offloading: bool = _option(False, "Keep checkpointed activations in host memory.")

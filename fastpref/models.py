@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastpref.config import native_bf16
+from fastpref.heads import causal_lm
 
 logger = logging.getLogger("fastpref")
 
@@ -105,3 +106,20 @@ def without_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "hidden_dropout", "attn_pdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def balancing_weight(model: Any, given: float | None) -> float:
+    """Weight of a mixture of experts' load-balancing loss: as given, else as its config says.
+
+    Raises:
+        ValueError: a weight is given and the model has no experts.
+    """
+    config = causal_lm(model).config.get_text_config()
+    has_experts = hasattr(config, "output_router_logits")
+    if given and not has_experts:
+        raise ValueError(
+            f"router_aux_loss_coef={given}: {type(causal_lm(model)).__name__} is no mixture of "
+            "experts that returns its router's logits"
+        )
+    own = getattr(config, "router_aux_loss_coef", 0.0) if has_experts else 0.0
+    return own if given is None else given

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref import losses
+from fastpref import contrast, losses
 from fastpref.batches import RESPONSES
 from fastpref.losses import Packed, PairLogps, UnpairedLogps
 from fastpref.losses.batch import BATCHES
@@ -25,8 +25,8 @@ REF_COLUMNS = {"pair": ("ref_chosen_logps", "ref_rejected_logps"), "unpaired": (
 """Columns that stand in for a reference, with sums."""
 FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched", "prompt"})
 """Needs that the policy's own forward meets."""
-FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens"})
-"""Needs that the reference meets."""
+FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens", *contrast.NEEDS})
+"""Needs that the reference meets; some want its forward beside the policy's."""
 FROM_COLUMNS: dict[str, dict[str, dict[str, str]]] = {
     "pair": {
         "scores": {"chosen_scores": "chosen_score", "rejected_scores": "rejected_score"},
@@ -81,27 +81,31 @@ def make_losses(args: Any) -> Combined:
     return combined
 
 
-def check_needs(combined: Combined, columns: Collection[str], references: int) -> None:
+def check_needs(
+    combined: Combined, columns: Collection[str], references: int, live: bool = True
+) -> None:
     """Raise ``ValueError`` unless everything the losses need is provided.
 
     Args:
         combined: Of :func:`make_losses`.
         columns: Of the tokenised dataset.
         references: Number of reference policies.
+        live: The reference runs beside the policy, rather than before training.
     """
     known = FROM_COLUMNS[combined.kind]
     for word in sorted(combined.needs):
         missing = [name for name in known.get(word, {}).values() if name not in columns]
         if word in FROM_FORWARD or (word in known and not missing):
             continue
-        if word in FROM_REFERENCE and references >= (2 if word == "refs" else 1):
+        enough = references >= (2 if word == "refs" else 1)
+        if word in FROM_REFERENCE and enough and (live or word not in contrast.NEEDS):
             continue
         asking = " and ".join(name for name in combined.names if _needs(name, word)) or "the loss"
         fields = ", ".join(BATCHES[combined.kind].fields[word])
         if missing:
             end = f" The dataset has no column {missing[0]!r}."
         elif word in FROM_REFERENCE:
-            end = " The run has none."
+            end = " The reference is not run with the policy." if enough else " The run has none."
         else:
             end = (
                 " The trainer does not compute that yet; the loss can be called from your own loop."
@@ -149,6 +153,12 @@ def make_examples(
             mean = total / batch["lengths"].clamp(min=1)
             chosen, rejected = mean[batch["pairs"]].unbind(1)
             given |= {"chosen_log_sum_sq": chosen, "rejected_log_sum_sq": rejected}
+        for name, values in (policy.extra or {}).items():
+            total = _sums(values, batch, weights)
+            given |= {
+                f"{side}_{name}": total[i]
+                for side, i in zip(RESPONSES["pair"], batch["pairs"].T, strict=False)
+            }
     for word, columns in FROM_COLUMNS[combined.kind].items():
         if word in combined.needs and word != "third":
             # (B, K), a list for each example, becomes (K, B).

@@ -44,7 +44,7 @@ class Shard(NamedTuple):
         return cls(group, sum(rows[:rank]), rows[rank], sum(rows))
 
     def localise(self, targets: Tensor) -> Tensor:
-        """Normalised targets in this slice's indices; one that another rank owns becomes ``size``."""
+        """Normalised targets in this slice's indices; another rank's becomes ``size``."""
         local = targets - self.start
         owned = (local >= 0) & (local < self.size)
         return torch.where(targets < 0, targets, torch.where(owned, local, self.size))

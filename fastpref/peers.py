@@ -163,10 +163,11 @@ def _gemms(case: Case) -> Passes:
     trained = case.schedule in ("trainable", "recompute")
     kept_tiles = p.kept_tiles if trained else 0
     z = hidden.new_zeros((min(p.rows, n), min(p.tile, v)), dtype=wide)
-    e = torch.zeros_like(z, dtype=low) if on_gpu else z
-    kept = hidden.new_zeros(n * min(kept_tiles * p.tile, v)).fill_(0.5)
+    # random, as data is: a GPU multiplies zeros faster
+    e = torch.rand_like(z, dtype=low) if on_gpu else z
+    kept = hidden.new_empty(n * min(kept_tiles * p.tile, v)).uniform_()
     acc = torch.zeros_like(hidden, dtype=wide)
-    dweight = torch.zeros_like(weight, dtype=wide if trained else low) if trained else weight
+    dweight = torch.zeros_like(weight if trained else weight[:0], dtype=wide)
 
     def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         if on_gpu and accumulate:

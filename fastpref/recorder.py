@@ -20,7 +20,7 @@ from transformers import (
 from fastpref.plots import draw_curves, read_metrics
 
 
-class Progress(ProgressCallback):
+class Progress(ProgressCallback):  # type: ignore[misc]
     """transformers' progress bar, with loss and margin beside it instead of every metric."""
 
     def on_log(

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.batches import RESPONSES, TOKEN_COLUMN
-from fastpref.heads import causal_lm, evaluating
+from fastpref.heads import Head, causal_lm, evaluating
 from fastpref.models import load_model
 from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
-from fastpref.policy import Batch, response_logps
+from fastpref.policy import Batch, ResponseLogps, response_logps
 
 logger = logging.getLogger("fastpref")
+
+Inspect = Callable[[Head], Any]
 
 ADAPTER = "ref"
 """Name of the frozen copy of a PEFT model's adapter."""
@@ -38,17 +40,22 @@ class Reference:
     """Number of references."""
     models: Sequence[nn.Module] = ()
     """Models of its own."""
+    live = False
+    """It is a model that runs, not numbers."""
 
     def __init__(self, **options: Any) -> None:
         """See the class."""
         self.options = options
 
-    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps | None:
         """Log-probability of each response token; ``(n,)``, several references ``(K, n)``.
 
         Args:
             policy: The model that trains, as wrapped for training.
             batch: On the policy's device.
+            inspect: As in :func:`fastpref.policy.response_logps`; of several, the first's.
 
         Returns:
             fp32, no gradient; None where the batch holds no more than sums, or nothing.
@@ -59,9 +66,9 @@ class Reference:
         """Move its models to their device, sharded where the policy will be."""
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _score(self, model: nn.Module, batch: Batch, inspect: Inspect | None) -> ResponseLogps:
         with evaluating(model):
-            return response_logps(model, batch, **self.options).logps
+            return response_logps(model, batch, inspect=inspect, **self.options)
 
 
 class Zero(Reference):
@@ -69,9 +76,11 @@ class Zero(Reference):
 
     count = 1
 
-    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps:
         """Zeros."""
-        return torch.zeros_like(batch["response_targets"], dtype=torch.float32)
+        return ResponseLogps(torch.zeros_like(batch["response_targets"], dtype=torch.float32))
 
 
 class Stored(Reference):
@@ -86,10 +95,11 @@ class Stored(Reference):
         super().__init__()
         self.count = count
 
-    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps | None:
         """The batch's ``ref_logps``, if it has them."""
-        logps: Tensor | None = batch.get("ref_logps")
-        return logps
+        return ResponseLogps(batch["ref_logps"]) if "ref_logps" in batch else None
 
 
 class AdapterOff(Reference):
@@ -102,16 +112,19 @@ class AdapterOff(Reference):
 
     is_start = True
     count = 1
+    live = True
 
     def __init__(self, adapter: str | None = None, **options: Any) -> None:
         """See the class."""
         super().__init__(**options)
         self.adapter = adapter
 
-    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps:
         """One forward of the policy with the adapters switched."""
         with _adapters(peft_model(policy), self.adapter):
-            return self._score(policy, batch)
+            return self._score(policy, batch, inspect)
 
 
 class Frozen(Reference):
@@ -123,6 +136,8 @@ class Frozen(Reference):
         **options: ``backend`` and ``memory_budget`` of the head.
     """
 
+    live = True
+
     def __init__(
         self, models: Sequence[nn.Module], *, is_start: bool = False, **options: Any
     ) -> None:
@@ -131,10 +146,13 @@ class Frozen(Reference):
         self.models = [model.requires_grad_(False).eval() for model in models]
         self.is_start, self.count = is_start, len(models)
 
-    def token_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps:
         """A forward of each."""
-        logps = [self._score(model, batch) for model in self.models]
-        return logps[0] if len(logps) == 1 else torch.stack(logps)
+        first, *others = [self._score(model, batch, inspect) for model in self.models]
+        logps = [first.logps, *(other.logps for other in others)]
+        return first._replace(logps=torch.stack(logps)) if others else first
 
     def place(self, accelerator: Any) -> None:
         """See :meth:`Reference.place`.
@@ -265,9 +283,9 @@ def score_dataset(
             k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
         with accelerator.autocast():
-            logps = reference.token_logps(policy, moved)
-        assert logps is not None
-        logps = logps.float().cpu().view(reference.count, -1)
+            scored = reference.score(policy, moved)
+        assert scored is not None
+        logps = scored.logps.float().cpu().view(reference.count, -1)
         spans = [logps[:, a:b].flatten().tolist() for a, b in pairwise(bounds)]
         size = len(indices)
         found += [

@@ -42,7 +42,7 @@ def nbytes(*sizes: int) -> int:
 
 
 def _take_slab(size: int) -> Tensor:
-    """The smallest idle slab that is large enough, or a new one in place of the largest too small."""
+    """The smallest idle slab that suffices, or a new one in place of the largest too small."""
     idle: list[Tensor] = []
     while _free_cpu_slabs:
         try:
@@ -72,7 +72,7 @@ def scratch(device: torch.device, size: int) -> Iterator[Arena]:
 
 
 def lend(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised 1-D tensor whose memory goes back to the slabs when the last user drops it."""
+    """An uninitialised vector whose memory goes back to the slabs when the last user drops it."""
     if device.type != "cpu" or not size:
         return torch.empty(size, dtype=dtype, device=device)
     slab = _take_slab(size * dtype.itemsize)

@@ -150,8 +150,9 @@ def check_reference(model: nn.Module, reference: Reference, batch: Batch, **opti
     """
     with evaluating(model):
         policy = response_logps(model, batch, **options).logps
-    other = reference.token_logps(model, batch)
-    assert other is not None
+    scored = reference.score(model, batch)
+    assert scored is not None
+    other = scored.logps
     difference = (policy - other).abs()
     low = causal_lm(model).dtype in (torch.bfloat16, torch.float16)
     low = low or torch.is_autocast_enabled(policy.device.type)

@@ -65,7 +65,7 @@ class ModelArguments:
 Options = tuple[ScriptArguments, ModelArguments, PreferenceConfig]
 
 
-class _Parser(HfArgumentParser):
+class _Parser(HfArgumentParser):  # type: ignore[misc]
     """The flags of the three dataclasses; a wrong value raises instead of printing 150 flags."""
 
     def __init__(self) -> None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
-from fastpref import checkpoint
 from fastpref.batches import (
     TrainerCollator,
     columns_of,
@@ -30,19 +28,21 @@ from fastpref.batches import (
     prepare_dataset,
 )
 from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
-from fastpref.heads import causal_lm
+from fastpref.contrast import NEEDS, against
+from fastpref.heads import Head, causal_lm
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
-from fastpref.models import prepare_policy, without_dropout
+from fastpref.models import balancing_weight, prepare_policy, without_dropout
 from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses, weigh
 from fastpref.policy import Batch, response_logps
 from fastpref.ranks import Ranks
 from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
+from fastpref.resumable import ResumableTrainer
 
 logger = logging.getLogger("fastpref")
 
 
-class PreferenceTrainer(Trainer):  # type: ignore[misc]
+class PreferenceTrainer(ResumableTrainer):
     """Trains a causal language model on preferences, with any loss of :mod:`fastpref.losses`.
 
     Signature, dataset columns and metric keys are those of TRL 1.16's trainers.
@@ -142,17 +142,16 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 "`torchrun`, or show one GPU by CUDA_VISIBLE_DEVICES"
             )
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
+        self.aux_weight = balancing_weight(model, args.router_aux_loss_coef)
         self.head_options: dict[str, Any] = {
             "backend": args.backend,
             "memory_budget": args.head_memory_budget,
         }
-        self.run_id = uuid.uuid4().hex
         self.ranks = Ranks(self.accelerator)
         self.meter, self.eval_meter = Meter(), Meter()
         self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         self.loop = Loop(self)
         self.add_callback(self.loop)
-        self._staging: Path | None = None
         if self.combined.coupled:
             logger.info("the loss couples the examples of a micro-batch, over all ranks")
         self._settle_reference()
@@ -161,7 +160,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """A dataset as token ids, with all that the losses need."""
         kind = self.combined.kind
         dataset = prepare_dataset(dataset, self._tokenizer, self.args, kind, name)
-        check_needs(self.combined, columns_of(dataset), self.reference.count)
+        live = self.reference.live and not self.args.precompute_ref_log_probs
+        check_needs(self.combined, columns_of(dataset), self.reference.count, live)
         return dataset
 
     def _settle_reference(self) -> None:
@@ -213,11 +213,24 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self, model: nn.Module, batch: Batch, rates: Mapping[str, Any], update: bool
     ) -> tuple[Tensor, Any, dict[str, tuple[Tensor, Tensor]]]:
         """The loss of each example, the examples, and their metrics."""
-        reference = self.reference.token_logps(model, batch)
-        policy = response_logps(model, batch, return_stats=True, **self.head_options)
+        keep = Head.detach if self.combined.needs & NEEDS else None
+        scored = self.reference.score(model, batch, keep)
+        policy = response_logps(
+            model,
+            batch,
+            return_stats=True,
+            inspect=against(scored, batch, self.combined, self.head_options),
+            balance_experts=self.aux_weight > 0,
+            **self.head_options,
+        )
+        reference = None if scored is None else scored.logps
         examples = make_examples(self.combined, batch, policy, reference, self.args.ld_alpha)
         losses, metrics = weigh(self.combined, examples, self.ranks, rates, update)
         metrics |= example_rows(examples, batch, policy, reference, self.combined.beta)
+        if policy.aux_loss is not None:
+            losses = losses + self.aux_weight * policy.aux_loss
+            aux = policy.aux_loss.detach().expand(losses.shape)
+            metrics |= {"aux_loss": (aux, torch.ones_like(losses))}
         return losses, examples, metrics
 
     def compute_loss(
@@ -264,6 +277,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         place = torch.arange(size, device=self.accelerator.device)
         counted: Tensor = place + self.accelerator.process_index * size < state.remainder
         return counted
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        """See :meth:`ResumableTrainer.checkpoint_content`."""
+        return super().checkpoint_content() | {"losses": self.combined.state_dict()}
 
     # Metrics
 
@@ -312,83 +329,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})
-
-    # Checkpoints
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's path, or True for the last whole one of the run.
-            trial: Of a hyper-parameter search.
-            ignore_keys_for_eval: As in transformers.
-
-        Raises:
-            ValueError: There is no whole checkpoint to resume from.
-            FloatingPointError: A loss is not finite; the state before the step is saved.
-        """
-        path = None
-        if resume_from_checkpoint is True:
-            path = checkpoint.last_complete(self.args.output_dir)
-        elif resume_from_checkpoint:
-            path = checkpoint.verify(str(resume_from_checkpoint))
-        self.loop.resumed = path
-        with self.loop.interrupt.listening():
-            output = super().train(None if path is None else str(path), trial, ignore_keys_for_eval)
-        if self.loop.stopping:
-            raise KeyboardInterrupt(
-                f"stopped after step {self.state.global_step} and saved; go on with "
-                "trainer.train(resume_from_checkpoint=True)"
-            )
-        return output
-
-    def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return Path(self.args.output_dir) / f"checkpoint-{step}"
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """transformers' checkpoint and ours, whole or not at all."""
-        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        final, started = run_dir / f"checkpoint-{step}", time.perf_counter()
-        if (checkpoint.manifest(final) or {}).get("run") == self.run_id:
-            return
-        content = {"run": self.run_id, "step": step, "losses": self.combined.state_dict()}
-        with checkpoint.staged(
-            run_dir,
-            final.name,
-            content,
-            writes=self.args.should_save,
-            cleans=self.accelerator.is_local_main_process,
-            barrier=self.accelerator.wait_for_everyone,
-        ) as folder:
-            self._staging = folder.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            self.loop.save(folder)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
-        self.meter.skip(time.perf_counter() - started)
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -238,5 +238,5 @@ def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def select(name: str, like: Tensor) -> RowKernels:
-    """The row kernels that serve tensors such as ``like``; :func:`resolve` says what can go wrong."""
+    """The row kernels for tensors such as ``like``; :func:`resolve` says what can go wrong."""
     return _require(resolve(name, like.device.type, like.dtype))

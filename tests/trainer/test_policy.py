@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -257,3 +258,66 @@ def test_bf16_sums_in_fp32() -> None:
     targets = batch["response_targets"]
     expected = logps.gather(-1, targets.clamp(min=0)[:, None])[:, 0].where(targets >= 0, 0.0)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_experts_are_balanced_over_the_tokens_of_packed_rows() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples = rows()
+    batch = make_batch(examples, prefix_sharing=False, row_tokens=50)
+    assert (batch["document_ids"] < 0).any()  # there are pads
+    found = policy.response_logps(model, batch, balance_experts=True)
+    torch.testing.assert_close(found.logps, one_by_one(model, examples), rtol=0, atol=1e-5)
+    gates: list[Tensor] = []
+    for side in ("chosen", "rejected"):
+        for e in examples:
+            ids = torch.tensor([[*e["prompt_ids"], *e[f"{side}_ids"]]])
+            output = model(input_ids=ids, output_router_logits=True, use_cache=False)
+            gates = [
+                torch.cat([g, h]) if gates else h
+                for g, h in zip(gates or output.router_logits, output.router_logits, strict=True)
+            ]
+    module = sys.modules[type(model).__module__]
+    expected = module.load_balancing_loss_func(tuple(gates), 4, 2)
+    assert found.aux_loss is not None
+    torch.testing.assert_close(found.aux_loss, expected)
+    found.aux_loss.backward()
+    assert model.model.layers[0].mlp.gate.weight.grad is not None
+
+
+def kl_by_hand(p: Tensor, r: Tensor, targets: Tensor) -> Tensor:
+    p, r = p.log_softmax(-1), r.log_softmax(-1)
+    return ((r.exp() * (r - p)).sum(-1)).where(targets >= 0, 0.0)
+
+
+def test_contrast_with_the_reference() -> None:
+    from fastpref.contrast import contrast
+
+    model, other = make_model("phi"), make_model("phi")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.9)
+        other.lm_head.bias.normal_()
+    batch = make_batch(rows())
+    targets = batch["response_targets"]
+    logits, ref_logits = (
+        m(**policy.model_inputs(m, batch)).logits.flatten(0, 1)[batch["response_rows"]]
+        for m in (model, other)
+    )
+    scored = policy.response_logps(other, batch, inspect=lambda head: head.detach())
+    found = policy.response_logps(
+        model,
+        batch,
+        inspect=lambda head: contrast(head, scored.extra, targets, {"kl", "perturbed"}, 0.05),
+    ).extra
+    expected = kl_by_hand(logits, ref_logits.detach(), targets)
+    torch.testing.assert_close(found["kl"], expected, rtol=0, atol=1e-9)
+    for sign, name in ((1, "plus"), (-1, "minus")):
+        mixed = (1 + sign * 0.05) * logits - sign * 0.05 * ref_logits
+        logp = mixed.log_softmax(-1).gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+        torch.testing.assert_close(found[name], logp.where(targets >= 0, 0.0), rtol=0, atol=1e-9)
+        assert not found[name].requires_grad
+    gradient = torch.autograd.grad(expected.sum(), model.lm_head.weight, retain_graph=True)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(found["kl"].sum(), model.lm_head.weight)[0], gradient
+    )

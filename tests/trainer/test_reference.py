@@ -35,9 +35,9 @@ def trained(make: Any, tokenizer: Any, config: Any, rows: Any = None, **given: A
 
 def reference_logps(trainer: Any) -> torch.Tensor:
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-    logps = trainer.reference.token_logps(trainer.model, batch)
-    assert logps is not None
-    return logps
+    scored = trainer.reference.score(trainer.model, batch)
+    assert scored is not None
+    return scored.logps
 
 
 def test_a_copy_of_the_object_not_a_reload_by_name(

@@ -313,20 +313,30 @@ def test_a_reference_that_is_not_the_start_is_found(
         trainer.train()
 
 
-def test_a_model_that_ignores_the_mask_is_found(
-    make: Any, tokenizer: Any, options: Options
+def test_a_model_that_follows_no_mask_gets_a_row_for_each_sequence(
+    make: Any, tokenizer: Any, options: Options, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = make.model()
-    forward = model.model.forward
-
-    def deaf(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    model.model.forward = deaf
-    args = DPOConfig(**options())
-    trainer = DPOTrainer(model, args=args, train_dataset=make.pairs(), processing_class=tokenizer)
-    with pytest.raises(RuntimeError, match="other numbers to packed rows than to one sequence"):
+    """As state-space models do; the numbers are those of the same model that follows masks."""
+    runs = []
+    for deaf in (False, True):
+        model = make.model()
+        if deaf:
+            forward = model.model.forward
+            model.model.forward = lambda *a, attention_mask=None, **k: forward(*a, **k)
+        args = DPOConfig(**options(loss_type=["sigmoid", "orpo"], nll_scope="all"))
+        trainer = DPOTrainer(
+            model, make.model(1), args, train_dataset=make.pairs(), processing_class=tokenizer
+        )
         trainer.train()
+        assert trainer.data_collator.packed == (not deaf)
+        runs.append(losses_of(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+    assert "other numbers to packed rows than to one sequence at a time" in caplog.text
+    args = DPOConfig(**options(packing=False, max_steps=1))
+    trainer = DPOTrainer(
+        make.model(), args=args, train_dataset=make.pairs(), processing_class=tokenizer
+    )
+    assert next(iter(trainer.get_train_dataloader()))["attention_mask"].dim() == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

@@ -1,0 +1,109 @@
+"""A ``transformers.Trainer`` that can be stopped at any time and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from fastpref import checkpoint
+
+
+class ResumableTrainer(Trainer):  # type: ignore[misc]
+    """Checkpoints are whole or not there; Ctrl-C finishes the step and saves.
+
+    A subclass sets ``loop``, a :class:`fastpref.loop.Loop`, and overrides ``checkpoint_content``.
+    """
+
+    loop: Any
+    meter: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As ``transformers.Trainer``."""
+        self.run_id = uuid.uuid4().hex
+        self._staging: Path | None = None
+        super().__init__(*args, **kwargs)
+
+    def checkpoint_content(self) -> dict[str, Any]:
+        """What the checkpoint's ``fastpref.json`` holds beside its list of files."""
+        return {"run": self.run_id, "step": self.state.global_step}
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's path, or True for the last whole one of the run.
+            trial: Of a hyper-parameter search.
+            ignore_keys_for_eval: As in transformers.
+
+        Raises:
+            ValueError: There is no whole checkpoint to resume from.
+            FloatingPointError: A loss is not finite; the state before the step is saved.
+        """
+        path = None
+        if resume_from_checkpoint is True:
+            path = checkpoint.last_complete(self.args.output_dir)
+        elif resume_from_checkpoint:
+            path = checkpoint.verify(str(resume_from_checkpoint))
+        self.loop.resumed = path
+        with self.loop.interrupt.listening():
+            output = super().train(None if path is None else str(path), trial, ignore_keys_for_eval)
+        if self.loop.stopping:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.state.global_step} and saved; go on with "
+                "trainer.train(resume_from_checkpoint=True)"
+            )
+        return output
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' checkpoint and ours, whole or not at all."""
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        final, started = run_dir / f"checkpoint-{step}", time.perf_counter()
+        if (checkpoint.manifest(final) or {}).get("run") == self.run_id:
+            return
+        content = self.checkpoint_content()
+        with checkpoint.staged(
+            run_dir,
+            final.name,
+            content,
+            writes=self.args.should_save,
+            cleans=self.accelerator.is_local_main_process,
+            barrier=self.accelerator.wait_for_everyone,
+        ) as folder:
+            self._staging = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.loop.save(folder)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+        self.meter.skip(time.perf_counter() - started)
