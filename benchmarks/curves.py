@@ -24,14 +24,7 @@ from fastpref.measure import Problem
 from fastpref.peers import systems
 
 RESULTS = Path(__file__).parent / "results"
-SYSTEMS = (
-    "gemms",
-    "fastpref[cpp]",
-    "fastpref[triton]",
-    "torch",
-    "torch.linear_cross_entropy",
-    "trl",
-)
+SYSTEMS = ("gemms", "fastpref[cpp]", "fastpref[triton]", "fastpref[cuda]", "torch", "trl")
 SMALL = {"N": (128, 256, 512, 1024, 2048), "V": (8_192, 16_384, 32_768, 65_536, 131_072), "at": 256}
 FULL = {
     "N": tuple(1024 << i for i in range(7)),
@@ -72,6 +65,7 @@ def draw(path: Path) -> None:
     rows = [row for row in json.loads(path.read_text()) if row["ms_total"] is not None]
     vocab = max({r["V"] for r in rows}, key=lambda v: len({r["N"] for r in rows if r["V"] == v}))
     at = max({r["N"] for r in rows}, key=lambda n: len({r["V"] for r in rows if r["N"] == n}))
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["system"] for r in rows))}
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for column, (axis, fixed, value) in enumerate((("N", "V", vocab), ("V", "N", at))):
         chosen = [row for row in rows if row[fixed] == value]
@@ -79,14 +73,15 @@ def draw(path: Path) -> None:
             (panels[0][column], "ms_total", 1.0, "forward and backward, ms"),
             (panels[1][column], "peak_extra_bytes", 2.0**20, "peak extra memory, MiB"),
         ):
-            for name in dict.fromkeys(row["system"] for row in chosen):
+            for name, colour in colours.items():
                 mine = {r[axis]: r[field] for r in chosen if r["system"] == name and r[field]}
                 if mine:
-                    points = sorted(mine.items())
-                    panel.plot(
-                        *zip(*[(x, y / unit) for x, y in points], strict=True), "o-", label=name
-                    )
+                    x, y = zip(*sorted(mine.items()), strict=True)
+                    panel.plot(x, [value / unit for value in y], "o-", color=colour, label=name)
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+            ticks = sorted({row[axis] for row in chosen})
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
+            panel.minorticks_off()
             panel.set_title(f"{fixed} = {value:,}", fontsize="medium")
             panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small")

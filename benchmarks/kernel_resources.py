@@ -175,7 +175,9 @@ def main() -> None:
             f"registers {row['spill_bytes']:4} B spilled {row['shared_bytes']:6} B shared"
         )
     if args.write:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        rows = ",\n  ".join(json.dumps(row) for row in found.pop("rows"))
+        head = json.dumps(found, indent=1).removesuffix("\n}")
+        RESULTS.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -106,6 +106,21 @@ FASTPREF_INLINE c exp_nonpositive(c x) {
   return exp_clamped(clamp_exponent(x));
 }
 
+// a / b for b in [1, 2], where no case is special. Within 1 ulp on a GPU, whose general division
+// branches and takes several times as long.
+template <class c>
+FASTPREF_INLINE c divide(c a, c b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(c) == sizeof(float)) {
+    c reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+    const c quotient = a * reciprocal;
+    return quotient + reciprocal * (a - b * quotient);
+  }
+#endif
+  return a / b;
+}
+
 // tanh(x) = -expm1(-2|x|) / (2 + expm1(-2|x|)) with the sign of x, within 3 ulp.
 template <class c>
 FASTPREF_INLINE c tanh_exact(c x) {
@@ -113,7 +128,7 @@ FASTPREF_INLINE c tanh_exact(c x) {
   const SplitExp<c> e = split_exp(clamp_exponent(c(-2) * std::fabs(x), Float<c>::kLowest / 2));
   const c power = e.power * unlift<c>();
   const c m = power * e.fraction + (power - c(1));
-  return std::copysign(-m / (c(2) + m), x);
+  return std::copysign(divide(-m, c(2) + m), x);
 }
 
 // A logit from a raw dot product: bias, scale, and softcap where there is one.

@@ -190,7 +190,7 @@ def response_logps(
         return (args[0][:, :0], *args[1:])
 
     def anchor(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return result[0].logps[:0].to(output.dtype).view(1, 0, 1).expand(output.shape)
+        return result[0].logps[:0].to(output.dtype).view(1, 0, 1).expand(output.shape).clone()
 
     inputs = model_inputs(model, batch)
     if balance_experts:

@@ -126,8 +126,8 @@ def sweep_kernel(
     sum by the compiler (the launcher says so): the bits of R depend on WIDTH alone, not on which
     outputs or statistics are asked for, so that a policy and its reference agree exactly.
 
-    WIDTH is a compile-time number: a model has two (a full tile and the last), and masks of full
-    chunks disappear.
+    WIDTH is a compile-time number, for a held row is a known number of chunks. A model has two of
+    them, a full tile and the last.
 
     ``out`` may be the tile: a program touches its own row only, and reads a chunk, as well as the
     target's logit, before the reduction of the maximum that stands between it and the first store.

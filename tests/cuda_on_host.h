@@ -207,8 +207,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cuda_on_host::check(config->dynamicSmemBytes <= kSharedBytes, "too much shared memory");
   gridDim = config->gridDim, blockDim = config->blockDim;
   cuda_on_host::body = [&] { kernel(args...); };
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-    cuda_on_host::run_block(blockDim.x);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cuda_on_host::run_block(blockDim.x);
   return 0;
 }
 

@@ -116,7 +116,7 @@ def test_rows(schedule: str, tmp_path: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["rows.json"]
     rows = json.loads(out.read_text())
     assert len(out.read_text().splitlines()) == len(rows) + 2
-    assert rows[-1]["commit"] == "abc"
+    assert rows[-1]["commit"] == "abc" != rows[0]["commit"]  # appended, not replaced
     assert "--shape 40x24x211" in rows[-1]["command"]
     systems = {(row["system"], row["op"]) for row in rows}
     assert {("gemms", "gemms"), ("fastpref[torch]", "logprobs"), ("torch", "logprobs")} <= systems
@@ -169,6 +169,11 @@ def test_plugins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         peers.systems(["someones_systems"])
     with pytest.raises(ValueError, match=r"no system magic; there are .*quack"):
         bench.main(["--shape", "8x8x8", "--peers", "magic"])
+
+
+def test_rounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="--rounds: expected at least 1, got 0"):
+        bench.main(["--shape", "8x8x8", "--rounds", "0"])
 
 
 def test_shapes() -> None:
@@ -260,7 +265,7 @@ def test_tables_are_made_from_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made.startswith("before\n<!-- bench:some schedule=trainable -->\n")
     assert made.endswith("<!-- /bench -->\nafter\n")
     assert "stale" not in made
-    assert made.count("1,234.5") == 1  # the newest row alone, of that schedule alone
+    assert made.count("| gemms |") == made.count("1,234.5") == 1  # the newest, of that schedule
     assert tables.rewritten(made) == made
     with pytest.raises(ValueError, match="no rows for"):
         tables.rewritten(text.replace("trainable", "frozen"))

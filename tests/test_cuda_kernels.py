@@ -1,8 +1,8 @@
 """The CUDA row kernels against plain float64 torch, through the cases of the Triton ones.
 
 Every case runs twice. Without a GPU on the host: ``cuda_on_host.h`` lets a C++ compiler build the
-CUDA sources as they are, with a fiber for each thread of a block, for CPU tensors. With a GPU in the
-package as it is installed, as tests marked ``gpu``.
+CUDA sources as they are, with a fiber for each thread of a block, for CPU tensors. With a GPU in
+the package as it is installed, as tests marked ``gpu``.
 """
 
 from __future__ import annotations

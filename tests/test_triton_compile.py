@@ -7,6 +7,7 @@ for sm_90; it covers sm_80 and sm_100 as well.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,10 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+import torch
 import triton
+
+from fastpref.backends import triton as launch
 
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "kernel_resources.py"
 spec = importlib.util.spec_from_file_location("kernel_resources", SOURCE)
@@ -96,3 +100,24 @@ def test_a_spill_would_be_seen():
     assert not case.config["HELD"]
     crowded = replace(case, config=case.config | {"HELD": True, "WIDTH": 65536})
     assert kernel_resources.resources(crowded, 90)["spill_bytes"] > 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 127, 1024, 1025, 8192, 17489, 32768, 32769, 262144])
+def test_program_shapes_follow_from_the_width(width):
+    """A shape that can be launched, and one order of the sums whatever else is asked for."""
+    shapes = [
+        launch.sweep_config(width, torch.float32, capped, stats)
+        for capped, stats in itertools.product((False, True), repeat=2)
+    ]
+    assert len({(shape["CHUNK"], shape["num_warps"]) for shape in shapes}) == 1
+    for shape in shapes:
+        assert shape["num_warps"] in (1, 2, 4, 8, 16, 32)
+        assert shape["CHUNK"] == 4 * 32 * shape["num_warps"]  # 16 bytes of fp32 a thread
+        assert not shape["HELD"] or width <= 8 * shape["CHUNK"]
+    assert not launch.sweep_config(width, torch.float64, False, False)["HELD"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_device_it_says_so():
+    assert not launch.available()
+    assert "CUDA" in launch.why_unavailable()

@@ -185,7 +185,7 @@ def test_pair_margins(kernels, device, dtype):
 @on_device
 def test_a_sequence_outside_the_tokens_is_nan_not_a_wild_read(kernels, device):
     cu = torch.tensor([0, 2, 9], dtype=torch.int32, device=device)
-    values = torch.ones(5, device=device)
+    values = torch.ones(20, device=device)[:5]  # a read past the end would find a 1
     pairs = torch.tensor([[0, 1], [0, 2], [0, -1], [0, 0]], device=device)
     sums = kernels.segment_sum(values, cu)
     assert sums[0] == 2.0

@@ -174,6 +174,11 @@ def test_assign_rows(lengths, capacity):
     assert rows == assign_rows(list(lengths), capacity)
 
 
+def test_rows_are_filled():
+    assert len(assign_rows([3, 3], 6)) == 1
+    assert len(assign_rows([4, 4, 4, 6, 6, 6], 10)) == 3, "largest first"
+
+
 def test_rows_are_evened_out():
     """Eleven documents of 100 in rows of 1024: 600 + 500 computes less than 1000 + 100."""
     rows = assign_rows([100] * 11, 1024)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from fastpref import PreferenceConfig, PreferenceTrainer
+from fastpref.data import PreferenceCollator
+from fastpref.policy import response_logps
 
 spec = importlib.util.spec_from_file_location("makers", Path(__file__).with_name("conftest.py"))
 assert spec is not None
@@ -60,7 +62,33 @@ def run(folder: Path) -> dict[str, Any]:
     }
 
 
+def sharded() -> list[float]:
+    """Largest errors of log-probabilities and gradients of a model under FSDP2, whose head is
+    gathered for its own forward and freed after it."""
+    from torch.distributed.fsdp import fully_shard
+
+    errors = []
+    for tied in (False, True):
+        model, whole = (makers.make_model(tie_word_embeddings=tied) for _ in range(2))
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model, reshard_after_forward=True)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        rows = [{n: [3 + 20 * i + r, 7, 9] for i, n in enumerate(names)} for r in range(2)]
+        batches = [PreferenceCollator(pad_token_id=0)([row]) for row in rows]
+        expected = [response_logps(whole, batch).logps for batch in batches]
+        (sum(logps.square().sum() for logps in expected) / 2).backward()
+        rank = int(os.environ["RANK"])
+        logps = response_logps(model, batches[rank]).logps
+        logps.square().sum().backward()
+        errors.append((logps - expected[rank]).abs().max().item())
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            errors.append((ours.grad.full_tensor() - theirs.grad).abs().max().item())
+    return errors
+
+
 if __name__ == "__main__":
     result = run(Path(sys.argv[1]))
+    result["sharded"] = sharded()
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))

@@ -53,4 +53,5 @@ def test_two_ranks_make_the_same_update(tmp_path: Path) -> None:
         for key in set(alone) - coupled:
             if not any(word in key for word in ("time", "mem/", "per_s")):
                 assert ours[key] == pytest.approx(alone[key], rel=1e-6, abs=1e-9), key
+    assert max(two["sharded"]) < 1e-4
     assert two["files"] == ["fastpref.json", "fastpref_rank0.json", "fastpref_rank1.json"]
