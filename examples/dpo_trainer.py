@@ -1,9 +1,9 @@
-"""DPO of a transformers model with the trainer; TRL's ``DPOTrainer`` script with the import changed.
+"""DPO of a transformers model with the trainer: TRL's ``DPOTrainer`` script, its import changed.
 
     python examples/dpo_trainer.py
 
-Model, tokenizer and pairs are made up here, so that it runs anywhere in seconds. For a real run give
-names instead: ``DPOTrainer("path/or/name", ...)`` and any preference dataset.
+Model, tokenizer and pairs are made up here, so that it runs anywhere in seconds. For a real run
+give names instead: ``DPOTrainer("path/or/name", ...)`` and any preference dataset.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> None:
     for row in trainer.state.log_history:
         if "rewards/margins" in row:
             print(
-                f"step {row['step']:2d}  loss {row['loss']:.4f}  margin {row['rewards/margins']:.4f}"
+                f"step {row['step']:2d}  loss {row['loss']:.4f}  "
+                f"margin {row['rewards/margins']:.4f}"
             )
 
 

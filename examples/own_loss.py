@@ -2,8 +2,9 @@
 
     python examples/own_loss.py
 
-The loop is the smallest one that has everything: hidden states of a policy and of a frozen reference
-turned into log-probabilities of the response tokens, summed by response, compared by the loss.
+The loop is the smallest one that has everything: hidden states of a policy and of a frozen
+reference turned into log-probabilities of the response tokens, summed by response, compared by the
+loss.
 """
 
 from __future__ import annotations

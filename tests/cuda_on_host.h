@@ -6,9 +6,10 @@
 // to shared memory are made when they are waited for, and until then leave NaN.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -211,20 +212,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return 0;
 }
 
+// Macros, so that a torch built with CUDA does not put its own in their place.
 #define DeviceGuard NoDeviceGuard
 namespace torch::stable::accelerator {
 struct NoDeviceGuard {
   explicit NoDeviceGuard(int32_t) {}
 };
 }  // namespace torch::stable::accelerator
-
-extern "C" inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-extern "C" inline AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*,
-                                                          uint32_t, bool, char** message) {
-  *message = nullptr;
-  return 0;
-}
-extern "C" inline void torch_c10_cuda_free_error_msg(char*) {}
+#define aoti_torch_get_current_cuda_stream(device, stream) (*(stream) = nullptr, 0)
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(call) cuda_on_host::check((call) == 0, #call)

@@ -189,10 +189,10 @@ __device__ __forceinline__ void scale_acc(const Matrix& acc, int64_t i, c factor
   for (int64_t col = threadIdx.x * kLane; col < acc.cols; col += blockDim.x * kLane) {
     c* const at = static_cast<c*>(acc.at(i, col));
     c x[kLane];
-    load(x, at, acc.cols - col);
+    load(x, at, static_cast<int>(acc.cols - col));
 #pragma unroll
     for (int e = 0; e < kLane; ++e) x[e] = weigh(factor, x[e]);
-    store(at, x, acc.cols - col);
+    store(at, x, static_cast<int>(acc.cols - col));
   }
 }
 
@@ -334,17 +334,10 @@ void sweep(const Tensor& tile, const OptionalTensor& out, const Tensor& state,
   const Launch launch(tile, out, state, offset, acc, targets, bias);
   with_compute_type(x.dtype, [&](auto zero) {
     using c = decltype(zero);
-    const Sweep<c> whole{x,
-                         g,
-                         s,
-                         a,
-                         vector<c>(bias, "bias", width),
-                         vector<c>(offset, "offset", n),
-                         y,
-                         start,
-                         c(scale),
-                         c(softcap),
-                         false};
+    Sweep<c> whole{};
+    whole.tile = x, whole.out = g, whole.state = s, whole.acc = a;
+    whole.bias = vector<c>(bias, "bias", width), whole.offset = vector<c>(offset, "offset", n);
+    whole.targets = y, whole.start = start, whole.scale = c(scale), whole.softcap = c(softcap);
     run<c>(launch, whole, with_stats);
   });
 }

@@ -25,7 +25,7 @@ NAMES = ("cpp", "triton", "cuda", "torch")
 # been measured on hardware yet, so nothing else is taken unasked; measured rows under
 # benchmarks/results/ decide this table.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("torch",)}
-_DEVICES = {"cpp": ("cpu",), "triton": 'pip install "triton>=3.4" (Linux with an NVIDIA GPU)',
+_DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 _REMEDY = {
     "cpp": "install a C++ compiler and rebuild: pip install --no-build-isolation --no-deps .",
     "triton": 'pip install "triton>=3.4" (Linux with an NVIDIA GPU)',

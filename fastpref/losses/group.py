@@ -140,7 +140,7 @@ def rrhf(g: GroupLogps, *, length_penalty: float = 1.0, nll_weight: float = 1.0)
     worse = (_differences(g.scores) < 0) & g.valid[..., :, None] & g.valid[..., None, :]
     rank = torch.where(worse, F.relu(_differences(p)), 0.0).sum((-2, -1))
     best = g.scores.masked_fill(~g.valid, _NEVER).argmax(-1, keepdim=True)
-    likelihood = -(g.logps / lengths).gather(-1, best)[..., 0]
+    likelihood = -(g.logps / lengths).gather(-1, best)[..., 0] * g.valid.any(-1)
     return rank + nll_weight * likelihood
 
 

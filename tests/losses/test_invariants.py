@@ -67,6 +67,8 @@ def test_masked_responses_count_for_nothing(name: str, groups: GroupLogps) -> No
     same(loss.detach(), get(name)(groups))
     assert grad[:, 2:].count_nonzero() == 0
     assert grad.isfinite().all()
+    nothing = change(batch, mask=torch.zeros_like(mask))
+    assert get(name)(nothing).count_nonzero() == 0
 
 
 def test_grpo_pair_on_policy_gradient(groups: GroupLogps) -> None:

@@ -21,7 +21,8 @@ def random_pairs(seed: int, size: int = SIZE) -> PairLogps:
     def sums(scale: float = 6.0, rows: tuple[int, ...] = ()) -> torch.Tensor:
         return -scale * torch.rand(*rows, size, generator=g, dtype=torch.float64) - 0.5
 
-    base = {name: sums() for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
+    base = {name: sums() for name in ("chosen", "rejected")}
+    base |= {name: sums(9.0) for name in ("ref_chosen", "ref_rejected")}  # mean log-ratios above 0
     lengths = {
         f"{s}_lengths": torch.randint(1, 9, (size,), generator=g) for s in ("chosen", "rejected")
     }
