@@ -98,14 +98,20 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def without_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0."""
-    for module in model.modules():
+def adjust(model: nn.Module, args: Any) -> None:
+    """Turn off dropout and compile the backbone, of policy or reference, as ``args`` ask.
+
+    The head stays as it is: what is hooked to it differs from call to call.
+    """
+    for module in model.modules() if args.disable_dropout else ():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("attention_dropout", "dropout", "hidden_dropout", "attn_pdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+    if args.torch_compile:
+        backbone = causal_lm(model).base_model
+        backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def balancing_weight(model: Any, given: float | None) -> float:

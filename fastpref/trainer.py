@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastpref.batches import (
+    RESPONSES,
+    TOKEN_COLUMN,
     TrainerCollator,
     columns_of,
     count,
@@ -32,8 +34,15 @@ from fastpref.contrast import NEEDS, against
 from fastpref.heads import Head, causal_lm
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
-from fastpref.models import balancing_weight, prepare_policy, without_dropout
-from fastpref.objective import check_needs, likelihood_tokens, make_examples, make_losses, weigh
+from fastpref.models import adjust, balancing_weight, prepare_policy
+from fastpref.objective import (
+    REF_COLUMNS,
+    check_needs,
+    likelihood_tokens,
+    make_examples,
+    make_losses,
+    weigh,
+)
 from fastpref.policy import Batch, response_logps
 from fastpref.ranks import Ranks
 from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
@@ -112,9 +121,8 @@ class PreferenceTrainer(ResumableTrainer):
         columns = columns_of(train_dataset, eval_dataset)
         fresh = peft_config is not None
         self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
-        if args.disable_dropout:
-            for m in (model, *self.reference.models):
-                without_dropout(m)
+        for each_model in (model, *self.reference.models):
+            adjust(each_model, args)
         args.remove_unused_columns = False  # of ours, the collator knows which it wants
         args.accelerator_config.dispatch_batches = False  # batches differ in shape
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -150,11 +158,18 @@ class PreferenceTrainer(ResumableTrainer):
         self.ranks = Ranks(self.accelerator)
         self.meter, self.eval_meter = Meter(), Meter()
         self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
+        self._scorer: Any = None
         self.loop = Loop(self)
         self.add_callback(self.loop)
         if self.combined.coupled:
             logger.info("the loss couples the examples of a micro-batch, over all ranks")
         self._settle_reference()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Without Accelerate's compiler: it would trace the hooks on the head once and for all."""
+        found: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        found.pop("dynamo_plugin", None)
+        return found
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset as token ids, with all that the losses need."""
@@ -172,8 +187,10 @@ class PreferenceTrainer(ResumableTrainer):
             self.data_collator.unpack()
         if self.args.precompute_ref_log_probs and isinstance(reference, (AdapterOff, Frozen)):
             self._check_once(self.train_dataset)
+            self._scorer = reference
             self.train_dataset = each(self._scored, self.train_dataset, "train")
             self.eval_dataset = each(self._scored, self.eval_dataset, "eval")
+            self._scorer = reference if isinstance(reference, AdapterOff) else None
             self.reference = Stored(reference.count)
             self.data_collator.references = reference.count
 
@@ -186,7 +203,7 @@ class PreferenceTrainer(ResumableTrainer):
     def _scored(self, dataset: Any, name: str) -> Any:
         args = self.args
         return score_dataset(
-            self.reference,
+            self._scorer,
             self.model,
             dataset,
             self.data_collator,
@@ -202,8 +219,10 @@ class PreferenceTrainer(ResumableTrainer):
         """Of an accumulation window over all ranks: examples, and likelihood tokens for each."""
         if not batch_samples:
             return None
-        found = [{"examples": count(b), **likelihood_tokens(b)} for b in batch_samples]
-        numbers = [[torch.as_tensor(n, device=device) for n in each.values()] for each in found]
+        found: list[dict[str, Any]] = [
+            {"examples": count(batch), **likelihood_tokens(batch)} for batch in batch_samples
+        ]
+        numbers = [[_on(device, n) for n in counts.values()] for counts in found]
         totals = torch.stack([torch.stack(row) for row in numbers]).sum(0).double()
         examples, *tokens = self.ranks.sum(totals).unbind()
         rates = zip(list(found[0])[1:], tokens, strict=True)
@@ -297,8 +316,33 @@ class PreferenceTrainer(ResumableTrainer):
                 found |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, "eval")
+            eval_dataset = self._ready(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> Any:
+        """Log-probabilities of each example, as for ``compute_metrics``, and the metrics."""
+        ready = self._ready(test_dataset, "test")
+        return super().predict(ready, ignore_keys, metric_key_prefix)
+
+    def _ready(self, dataset: Any, name: str) -> Any:
+        """A dataset that was not there at the start, as those that were."""
+        dataset = self._prepared(dataset, name)
+        kind = self.combined.kind
+        scores = {*REF_COLUMNS[kind], TOKEN_COLUMN.format(RESPONSES[kind][0])}
+        if not isinstance(self.reference, Stored) or scores & columns_of(dataset):
+            return dataset
+        if self._scorer is None:
+            raise ValueError(
+                "the reference was freed after it had scored the data, and this dataset came "
+                "later: give it to the trainer as eval_dataset, or set "
+                "precompute_ref_log_probs=False"
+            )
+        return self._scored(dataset, name)
 
     def evaluation_loop(
         self,
@@ -329,6 +373,13 @@ class PreferenceTrainer(ResumableTrainer):
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})
+
+
+def _on(device: torch.device, number: int | Tensor) -> Tensor:
+    """The number on the device, without a copy from the host to wait for."""
+    if isinstance(number, Tensor):
+        return number.to(device)
+    return torch.full((), number, device=device)
 
 
 class DPOTrainer(PreferenceTrainer):

@@ -62,6 +62,14 @@ def test_every_reason_is_counted(make_tokenizer):
     assert max(len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in dataset) == 48
 
 
+def test_a_prompt_of_exactly_max_length(tokenizer):
+    size = len(tokenizer(GOOD["prompt"])["input_ids"])
+    _, report = run([GOOD, {**GOOD, "prompt": ""}], tokenizer, max_length=size)
+    assert report.dropped[WORDS[Issue.PROMPT_TOO_LONG]] == 1
+    _, report = run([GOOD], tokenizer, max_length=size + 1)
+    assert report.kept == 1
+
+
 def test_no_response_token_is_lost_at_the_boundary(tokenizer):
     row = {"prompt": "The sk", "chosen": "y is blue", "rejected": "ate"}
     dataset, _ = run([row], tokenizer)
@@ -284,6 +292,10 @@ def test_limits(prompt, responses, max_length, mode, max_prompt, max_completion)
     assert kept <= whole
     assert all(a <= b for a, b in zip(lengths, capped, strict=True))
     assert kept == 0 or range(prompt)[cut][-1] == prompt - 1, "the prompt keeps its end"
+    for n, most, c in zip(responses, capped, cuts, strict=True):
+        left = list(range(n)[c])
+        last = max_length is not None and mode == "keep_end"
+        assert left == (list(range(most))[most - len(left) :] if last else list(range(len(left))))
     if max_length is None:
         assert (kept, lengths) == (whole, capped)
     elif mode == "keep_start":

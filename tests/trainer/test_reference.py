@@ -146,6 +146,21 @@ def test_scoring_the_data_beforehand_changes_nothing(
         assert isinstance(trainer.reference, Stored) == precompute
         runs.append(losses_of(trainer))
     assert runs[0] == pytest.approx(runs[1], abs=1e-6)
+    late = make.pairs(3, 5)
+    if case != "lora":
+        with pytest.raises(ValueError, match="the reference was freed after it had scored"):
+            trainer.evaluate(late)
+        return
+    live = PreferenceTrainer(
+        trainer.model, args=PreferenceConfig(**options(**loss)), train_dataset=late,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    live.reference = AdapterOff()
+    expected = live.evaluate(late)["eval_loss"]
+    assert trainer.evaluate(late)["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    predicted = trainer.predict(late)
+    assert predicted.predictions.shape == (3, 4)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_columns_of_sums(make: Any, tokenizer: Any, options: Options) -> None:

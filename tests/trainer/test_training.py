@@ -347,25 +347,38 @@ def test_a_model_that_follows_no_mask_gets_a_row_for_each_sequence(
 def test_a_loss_that_is_not_finite_stops_the_run(
     make: Any, tokenizer: Any, options: Options, tmp_path: Path
 ) -> None:
-    """Row 6 of the data has a weight that overflows; the state of step 1 is saved, then it ends."""
-    weights = [1.0] * 6 + [3e38] + [1.0] * 5
-    rows = make.pairs(12).add_column("weight", weights)
-    args = DPOConfig(
-        **options(max_steps=3, train_sampling_strategy="sequential", loss_weights=[1e3])
-    )
-    trainer = DPOTrainer(make.model(), args=args, train_dataset=rows, processing_class=tokenizer)
-    with pytest.raises(FloatingPointError, match=r"step 2 is not finite; rank 0: examples \[6\]"):
-        trainer.train()
-    saved = Path(args.output_dir) / "checkpoint-1"
+    """Row 6 has a weight that overflows. What step 1 left is saved, without a trace of step 2: with
+    the row repaired the run goes on as if it had always been so."""
     from safetensors.torch import load_file
 
-    weights = load_file(saved / "model.safetensors")
-    assert all(w.isfinite().all() for w in weights.values())
+    def trainer_on(weight: float, folder: str) -> Any:
+        weights = [1.0] * 6 + [weight] + [1.0] * 5
+        args = DPOConfig(
+            **options(
+                output_dir=str(tmp_path / folder),
+                train_sampling_strategy="sequential",
+                loss_type="bco_pair",
+                loss_args={"delta_mode": "ema"},
+                loss_weights=[1e3],
+                logging_steps=3,
+            )
+        )
+        rows = make.pairs(12).add_column("weight", weights)
+        return DPOTrainer(make.model(), args=args, train_dataset=rows, processing_class=tokenizer)
+
+    with pytest.raises(FloatingPointError, match=r"step 2 is not finite; rank 0: examples \[6\]"):
+        trainer_on(3e38, "broken").train()
+    saved = tmp_path / "broken" / "checkpoint-1"
+    assert all(w.isfinite().all() for w in load_file(saved / "model.safetensors").values())
     assert json.loads((saved / "trainer_state.json").read_text())["global_step"] == 1
-    # The same step again gives the same: nothing of the refused step was kept.
-    again = DPOTrainer(make.model(), args=args, train_dataset=rows, processing_class=tokenizer)
     with pytest.raises(FloatingPointError, match="step 2 is not finite"):
-        again.train(resume_from_checkpoint=True)
+        trainer_on(3e38, "broken").train(resume_from_checkpoint=True)
+    repaired, fine = trainer_on(1.0, "broken"), trainer_on(1.0, "fine")
+    repaired.train(resume_from_checkpoint=True)
+    fine.train()
+    assert losses_of(repaired) == losses_of(fine)
+    logs = [t.state.log_history[-2]["rewards/margins"] for t in (repaired, fine)]
+    assert logs[0] == logs[1]
 
 
 def test_several_losses_add_up(make: Any, tokenizer: Any, options: Options) -> None:
@@ -411,3 +424,32 @@ def test_a_stream_trains(make: Any, tokenizer: Any, options: Options) -> None:
     )
     trainer.train()
     assert losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_compiled_backbone_gives_the_same_losses(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    runs = []
+    for backend in (None, "eager"):
+        args = DPOConfig(**options(torch_compile_backend=backend))
+        trainer = DPOTrainer(
+            make.model(), args=args, train_dataset=make.pairs(), processing_class=tokenizer
+        )
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-6)
+
+
+def test_dropout_is_off_unless_asked_for(make: Any, tokenizer: Any, options: Options) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    models = [lambda: make.model(attention_dropout=0.5), lambda: GPT2LMHeadModel(config)]
+    for build in models:
+        for disable in (True, False):
+            args = DPOConfig(**options(max_steps=1, disable_dropout=disable))
+            trainer = DPOTrainer(
+                build(), args=args, train_dataset=make.pairs(), processing_class=tokenizer
+            )
+            trainer.train()
+            assert (trainer.state.log_history[0]["rewards/margins"] == 0.0) == disable
