@@ -44,3 +44,17 @@ class Ranks:
 
         found: list[Any] = gather_object(items)
         return found
+
+    def counted(self, size: int) -> Tensor | None:
+        """False for this rank's examples that the last batch of an evaluation repeats, so that
+        every rank has as many; None: all count.
+
+        Args:
+            size: Of this rank's batch.
+        """
+        state = self._accelerator.gradient_state
+        if self.count == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        place = torch.arange(size, device=self._accelerator.device) + self.index * size
+        counted: Tensor = place < state.remainder
+        return counted

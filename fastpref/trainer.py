@@ -281,21 +281,12 @@ class PreferenceTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, examples, metrics = self._losses(model, inputs, self._eval_rates, update=False)
-        self.eval_meter.add(metrics, inputs["num_tokens"], self._counted(len(losses)))
+        self.eval_meter.add(metrics, inputs["num_tokens"], self.ranks.counted(len(losses)))
         if prediction_loss_only:
             return None, None, None
         names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "logps", "ref_logps")
         found = [getattr(examples, name, None) for name in names]
         return None, torch.stack([x for x in found if x is not None], -1), torch.ones_like(losses)
-
-    def _counted(self, size: int) -> Tensor | None:
-        """False for the examples that the last batch repeats, so that every rank has as many."""
-        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        place = torch.arange(size, device=self.accelerator.device)
-        counted: Tensor = place + self.accelerator.process_index * size < state.remainder
-        return counted
 
     def checkpoint_content(self) -> dict[str, Any]:
         """See :meth:`ResumableTrainer.checkpoint_content`."""

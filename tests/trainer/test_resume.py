@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastpref
 from fastpref import checkpoint
@@ -52,7 +53,9 @@ def test_a_run_killed_while_saving_goes_on_with_the_same_losses(
 ) -> None:
     """kill -9 while checkpoint 6 is being written; checkpoint 3, between two logs, is the last."""
     path = str(Path(fastpref.__file__).parents[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    # as many threads as the uninterrupted run, which rounds alike only then
+    threads = str(torch.get_num_threads())
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     options = json.dumps({"kill_in_save": 6, "save_total_limit": 1})
     command = [sys.executable, str(SCRIPT), str(tmp_path), options]
     killed = subprocess.run(command, env=env, timeout=120, capture_output=True)
