@@ -26,9 +26,10 @@ class TrainerCollator:
     """A collator whose batch also holds what the trainer wants to know without asking the device.
 
     Adds ``response_tokens``, the number of response tokens of all chosen, all rejected, ...;
-    ``num_tokens``, of prompts and responses, a prompt counted for each response; ``ref_logps``,
-    ``(n,)`` or ``(K, n)``, where the dataset holds a reference's log-probabilities by token; and,
-    if asked for, ``prompts (B,)``: sequences of their own that score the prompts' tokens.
+    ``num_tokens``, of prompts and responses, a prompt counted for each response;
+    ``ref_token_logps``, ``(n,)`` or ``(K, n)``, where the dataset holds a reference's
+    log-probabilities by token; and, if asked for, ``prompts (B,)``: sequences of their own that
+    score the prompts' tokens.
 
     Args:
         collator: Makes the batch, sequences response by response, each in the order of the rows.
@@ -77,7 +78,7 @@ class TrainerCollator:
             rows = [torch.tensor(v, dtype=torch.float32).view(self.references, -1) for v in values]
             unscored = torch.zeros(self.references, bounds[-1] - bounds[size * len(names)])
             logps = torch.cat([*rows, unscored], dim=1)
-            batch["ref_logps"] = logps[0] if self.references == 1 else logps
+            batch["ref_token_logps"] = logps[0] if self.references == 1 else logps
         return batch
 
 

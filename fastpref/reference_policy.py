@@ -98,8 +98,8 @@ class Stored(Reference):
     def score(
         self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
     ) -> ResponseLogps | None:
-        """The batch's ``ref_logps``, if it has them."""
-        return ResponseLogps(batch["ref_logps"]) if "ref_logps" in batch else None
+        """The batch's ``ref_token_logps``, if it has them."""
+        return ResponseLogps(batch["ref_token_logps"]) if "ref_token_logps" in batch else None
 
 
 class AdapterOff(Reference):

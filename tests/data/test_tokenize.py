@@ -139,6 +139,15 @@ def test_tokens_given(tokenizer):
     assert again[:] == dataset[:], "tokenising twice changes nothing, example_ids included"
 
 
+def test_nothing_predicts_the_first_token_after_an_empty_prompt(tokenizer):
+    row = {"prompt_ids": [], "chosen_ids": [5, 6], "rejected_ids": [7, 8], "chosen_mask": [0, 1]}
+    one_token = {**row, "rejected_ids": [7]}
+    only_the_first_counts = {**row, "chosen_mask": [1, 0]}
+    _, report = run([row, one_token, only_the_first_counts], tokenizer)
+    assert report.kept == report.notes[WORDS[Issue.EMPTY_PROMPT]] == 1
+    assert report.dropped == {WORDS[Issue.EMPTY_RESPONSE]: 2}
+
+
 def test_masks(tokenizer):
     row = {
         "prompt_ids": [5, 6],

@@ -167,3 +167,21 @@ def test_trls_names_that_have_no_loss_here_are_refused(options: Options) -> None
         CPOConfig(**options(loss_type="hinge"))
     with pytest.raises(ValueError, match="set cpo_alpha=0"):
         CPOConfig(**options(alpha=0.2, cpo_alpha=0.3))
+
+
+def test_unpaired_data_may_bring_the_references_sums(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    """A column ``ref_logps`` holds a sum for each row; it is not taken for per-token values."""
+    pairs = make.pairs(8).remove_columns("rejected").rename_column("chosen", "completion")
+    rows = pairs.add_column("label", [True, False] * 4).add_column("ref_logps", [-9.5] * 8)
+    args = fastpref.KTOConfig(**options(loss_type="apo_zero_unpaired", max_steps=2, bf16=False))
+    trainer = fastpref.KTOTrainer(
+        make.model(), args=args, train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    scored = [first[f"logps/{side}"] for side in ("chosen", "rejected")]
+    rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
+    for logp, reward in zip(scored, rewards, strict=True):
+        assert reward == pytest.approx(0.1 * (logp + 9.5), rel=1e-4)
