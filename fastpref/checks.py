@@ -75,6 +75,8 @@ def check_options(
         )
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if memory_budget is not None and not isinstance(memory_budget, (int, torch.SymInt)):
+        raise TypeError(f"memory_budget: expected bytes as an int, got {memory_budget!r}")
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
     if process_group is not None and backend == "reference":

@@ -21,6 +21,7 @@ _Config = TypeVar("_Config", bound=type)
 
 IGNORED = {
     "padding_value": "rows are packed, so the pad token is never trained on",
+    "pad_token": "rows are packed, so the pad token is never trained on",
     "label_pad_token_id": "masked tokens are always -100",
     "use_logits_to_keep": "prompt tokens never reach the head",
     "use_num_logits_to_keep": "prompt tokens never reach the head",
@@ -35,7 +36,6 @@ REFUSED = {
     "force_use_ref_model": "pass ref_model to the trainer; it is then used",
     "ref_model_init_kwargs": "load the reference yourself and pass it to the trainer as ref_model",
     "tools": "give the dataset a column 'tools'",
-    "pad_token": "set tokenizer.pad_token and pass the tokenizer as processing_class",
 }
 
 

@@ -184,6 +184,12 @@ def _measure(model: nn.Module, inner: Any) -> LogitTransform:
             ).logits
     finally:
         handle.remove()
+    if not fed:
+        raise ValueError(
+            f"model: calling this {type(inner).__name__} does not run its own output embedding. A "
+            "forward that was patched on the instance (model.forward = ...) leads a copy of the "
+            "model, such as the reference, back to the original. Override forward in a subclass."
+        )
     vocab_size = got.shape[-1]
     z = fed[0].view(1, got.shape[1], -1)[..., :vocab_size]
     got = got.to(z.dtype).cpu()

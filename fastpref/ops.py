@@ -12,7 +12,7 @@ from fastpref.reference import TokenStats
 from fastpref.smoothing import target_minus_mean_logit
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """The tensor in autocast's dtype where autocast is on, else as it is."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
@@ -89,10 +89,12 @@ def linear_logprobs(
         ``docs/decisions.md``.
     """
     checks.check_tensors(hidden, weight=weight, targets=targets, bias=bias, rows=rows)
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    hidden, weight = autocast(hidden), autocast(weight)
+    bias = None if bias is None else autocast(bias)
     checks.check(hidden, weight, targets, bias, rows)
     checks.check_options(softcap, memory_budget, process_group, backend)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()  # the kernels and products read whole rows
     shape, num_rows = targets.shape, targets.numel()
     flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
     if rows is not None:
@@ -187,7 +189,7 @@ def linear_cross_entropy(
         softcap: Soft cap of the logits, or None.
         ignore_index: A target that is left out of loss and mean.
         reduction: ``"mean"`` over rows that count, ``"sum"``, or ``"none"`` (shape of ``target``).
-        label_smoothing: Weight in [0, 1) of the uniform distribution. Costs one product with the
+        label_smoothing: Weight in [0, 1] of the uniform distribution. Costs one product with the
             mean of the weight; with a softcap a further pass over the vocabulary.
         rows: As in :func:`linear_logprobs`.
         backend: As in :func:`linear_logprobs`.
@@ -198,7 +200,7 @@ def linear_cross_entropy(
         fp32 (float64 for float64): a scalar, or the shape of ``target`` with 0 in ignored rows.
 
     Raises:
-        ValueError: Unknown reduction, ``label_smoothing`` outside [0, 1), or as
+        ValueError: Unknown reduction, ``label_smoothing`` outside [0, 1], or as
             :func:`linear_logprobs`.
         TypeError: As :func:`linear_logprobs`.
 
@@ -212,8 +214,8 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if label_smoothing and process_group is not None:
         raise ValueError("label_smoothing needs the whole weight: pass process_group=None, or 0")
     logp = linear_logprobs(

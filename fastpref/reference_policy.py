@@ -343,6 +343,15 @@ def choose_reference(
                 "a copy of the model as it is now"
             )
         reference: Reference = Frozen(models, **options)
+    elif (
+        len(found := [c for c in REF_COLUMNS[combined.kind] if c in columns])
+        == 1
+        < len(REF_COLUMNS[combined.kind])
+    ):
+        raise ValueError(
+            f"the dataset has a column {found[0]!r} alone; the reference's log-probabilities need "
+            f"{' and '.join(REF_COLUMNS[combined.kind])}. Add the other one or drop it"
+        )
     elif set(REF_COLUMNS[combined.kind]) <= set(columns):
         logger.info("the reference's log-probs come from the dataset's columns")
         reference = Stored()

@@ -27,6 +27,18 @@ def target_minus_mean_logit(
     Without a softcap the mean of the logits is one product with the mean of the weight. With one,
     the vocabulary is walked in tiles that are recomputed in the backward.
     """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _gap(hidden, weight, bias, targets, scale, softcap)
+
+
+def _gap(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     h = hidden.to(wide)
     z_target = (h * weight[targets].to(wide)).sum(-1)

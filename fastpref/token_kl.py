@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpref import checks
 from fastpref.linear import compute_dtype
+from fastpref.ops import autocast
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 
@@ -32,9 +33,10 @@ def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int |
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in fp32 (float64): on CUDA by a product of low-precision operands, as ``b`` is."""
     wide = compute_dtype(b.dtype)
-    if b.device.type == "cuda" and b.dtype != wide:
-        return torch.mm(a.to(b.dtype), b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
+    with torch.autocast(b.device.type, enabled=False):
+        if b.device.type == "cuda" and b.dtype != wide:
+            return torch.mm(a.to(b.dtype), b, out_dtype=wide)
+        return a.to(wide) @ b.to(wide)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
@@ -212,6 +214,9 @@ def linear_token_kl(
     ref_bias = None if ref_bias is None else ref_bias.detach()
     for x, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
         checks.check_tensors(x, weight=w, targets=token, bias=b)
+    hidden, weight, ref_hidden, ref_weight = map(autocast, (hidden, weight, ref_hidden, ref_weight))
+    bias, ref_bias = (None if b is None else autocast(b) for b in (bias, ref_bias))
+    for x, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
         checks.check(x, w, token, b, None)
     for cap in (softcap, ref_softcap):
         checks.check_options(cap, memory_budget, None, "auto")

@@ -205,9 +205,11 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
             f"  {command()} train --config {saved} --resume_from_checkpoint true"
         ) from None
     finally:
-        draw_run(Path(config.output_dir or ""))
+        output = Path(config.output_dir or "")
+        draw_run(output)
     trainer.save_model()
-    print(f"model, metrics.jsonl, config.yaml and curves.png are in {config.output_dir}")
+    made = [p for p in ("metrics.jsonl", "config.yaml", "curves.png") if Path(output, p).exists()]
+    print(f"the model and {', '.join(made)} are in {config.output_dir}")
 
 
 def _model_init_kwargs(model: ModelArguments) -> dict[str, Any]:

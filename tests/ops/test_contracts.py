@@ -209,6 +209,7 @@ WRONG = {
     ),
     "not a tensor": (TypeError, "targets: expected a tensor, got list", {"targets": [1] * N}),
     "softcap": (ValueError, "softcap: expected a positive", {"softcap": 0.0}),
+    "budget as text": (TypeError, "memory_budget: expected bytes", {"memory_budget": "1GiB"}),
     "budget": (ValueError, "memory_budget", {"memory_budget": -1}),
     "rows range": (
         ValueError,

@@ -52,6 +52,18 @@ def test_cross_entropy_equals_torch(backend, reduction, smoothing, softcap):
         torch.testing.assert_close(a, b)
 
 
+def test_smoothing_under_autocast_keeps_fp32_sums():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 64), torch.randn(301, 64)
+    target = torch.randint(0, 301, (5,))
+    expected = linear_cross_entropy(
+        hidden.bfloat16(), weight.bfloat16(), target, label_smoothing=0.3
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, label_smoothing=0.3)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_cross_entropy_of_ignored_rows_alone_is_zero():
     hidden = torch.randn(4, 3, requires_grad=True)
     for smoothing in (0.0, 0.1):
@@ -73,7 +85,7 @@ def test_cross_entropy_over_listed_rows_only():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"reduction": "avg"}, "reduction"), ({"label_smoothing": 1.0}, "label_smoothing")],
+    [({"reduction": "avg"}, "reduction"), ({"label_smoothing": 1.1}, "label_smoothing")],
 )
 def test_cross_entropy_errors(options, message):
     with pytest.raises(ValueError, match=message):

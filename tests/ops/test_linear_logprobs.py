@@ -255,6 +255,8 @@ def test_views_leading_dimensions_and_rows(backend):
     logp = linear_logprobs(hidden, weight, targets, backend=backend)
     assert logp.shape == (3, 10)
     torch.testing.assert_close(logp, plain, rtol=1e-5, atol=1e-5)
+    column_major = linear_logprobs(hidden, weight.t().contiguous().t(), targets, backend=backend)
+    assert torch.equal(column_major, logp)
     rows = torch.tensor([29, 0, 4])
     some = linear_logprobs(hidden, weight, targets, rows=rows, backend=backend)
     expected = torch.zeros(30).index_copy(0, rows, plain.reshape(-1)[rows]).view(3, 10)

@@ -101,6 +101,13 @@ def test_opcheck_and_compile():
     torch.testing.assert_close(compiled(h, w, rh, rw), linear_token_kl(h, w, rh, rw))
 
 
+def test_autocast_takes_every_input_to_its_dtype():
+    h, w, rh, rw, _, _ = make(torch.float32)
+    expected = linear_token_kl(*(x.bfloat16() for x in (h, w, rh, rw)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_token_kl(h, w, rh.bfloat16(), rw), expected)
+
+
 def test_errors():
     h, w, rh, rw, b, _ = make(torch.float32)
     with pytest.raises(ValueError, match="share a vocabulary"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import DPOConfig, PreferenceConfig, PreferenceTrainer
+from fastpref import DPOConfig, DPOTrainer, PreferenceConfig, PreferenceTrainer
 from fastpref.batches import TrainerCollator, likelihood_rates
 from fastpref.data import PreferenceCollator
 from fastpref.metrics import Meter, MetricsFile
@@ -313,3 +313,30 @@ def test_metrics_file(tmp_path: Path) -> None:
     file.begin(0)
     assert not file.path.exists()
     assert len((tmp_path / "metrics.1.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_forward_patched_on_the_instance_is_explained(
+    make: Any, tokenizer: Any, options: Callable[..., dict[str, Any]]
+) -> None:
+    """A copy of such a model runs the original, so the reference would be the policy."""
+    model = make.model()
+    model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with pytest.raises(ValueError, match="patched on the instance"):
+        DPOTrainer(
+            model,
+            args=DPOConfig(**options(max_steps=1)),
+            train_dataset=make.pairs(4),
+            processing_class=tokenizer,
+        ).train()
+
+
+def test_one_sided_reference_column_is_refused(
+    make: Any, tokenizer: Any, options: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(ValueError, match="'ref_chosen_logps' alone"):
+        DPOTrainer(
+            make.model(),
+            args=DPOConfig(**options(max_steps=1)),
+            train_dataset=make.pairs(4, ref_chosen_logps=-3.0),
+            processing_class=tokenizer,
+        )
