@@ -46,6 +46,7 @@ batch = losses.PairLogps(chosen=..., rejected=..., ref_chosen=..., ref_rejected=
 losses.get("dpo")(batch, beta=0.1)  # (B,)
 losses.combine(["dpo", "sft"], weights=[1.0, 0.2])(batch)  # a weighted sum, states included
 
+
 @losses.register("mine", needs={"ref"})  # one of your own
 def mine(pairs, *, beta=0.1):
     return -torch.nn.functional.logsigmoid(beta * pairs.margin)
