@@ -34,6 +34,12 @@ sys.modules[spec.name] = kernel_resources  # dataclasses look their module up
 spec.loader.exec_module(kernel_resources)
 
 CASES = {case.name: case for case in kernel_resources.cases()}
+# Real spills, one store and one load, by the ptxas of the pinned Triton; to be mended, not added to.
+KNOWN_SPILLS = {
+    ("3.7.1", "sweep_kernel[29952 wide, bf16 out, bias, softcap]"): 8,
+    ("3.7.1", "sweep_kernel[65536 wide, bf16 out]"): 8,
+    ("3.7.1", "pair_margins_kernel[fp32]"): 8,
+}
 REMEDY = f"run: {kernel_resources.COMMAND}"
 
 
@@ -51,10 +57,10 @@ def test_the_committed_table_is_whole_and_without_spills(committed):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_fresh_compile_can_be_launched_and_matches_the_table(name, committed):
+def test_a_fresh_compile_spills_nothing_and_matches_the_table(name, committed):
     row = kernel_resources.resources(CASES[name], 90)
+    assert row["spill_bytes"] == KNOWN_SPILLS.get((triton.__version__, name), 0), row
     assert row["registers"] * row["warps"] * 32 <= 65536, row
-    # Another Triton brings another ptxas, whose few bytes of stack the table says nothing about.
     if triton.__version__ == committed["triton"]:
         assert row in committed["rows"], f"{row} is not in the table; {REMEDY}"
 
