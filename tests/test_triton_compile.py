@@ -34,7 +34,7 @@ sys.modules[spec.name] = kernel_resources  # dataclasses look their module up
 spec.loader.exec_module(kernel_resources)
 
 CASES = {case.name: case for case in kernel_resources.cases()}
-# Real spills, one store and one load, by the ptxas of the pinned Triton; to be mended, not added to.
+# Real spills, a store and a load, by the pinned ptxas; to be mended, not added to.
 KNOWN_SPILLS = {
     ("3.7.1", "sweep_kernel[29952 wide, bf16 out, bias, softcap]"): 8,
     ("3.7.1", "sweep_kernel[65536 wide, bf16 out]"): 8,
