@@ -1,12 +1,13 @@
 """What can be wrong with the arguments of the ops, said so that a person can mend it.
 
-Nothing here reads device memory: values are checked on CPU, where it costs no sync, and not while
-compiling.
+Nothing here reads device memory: values are checked on CPU, where it costs no sync. A compiled
+graph checks them as it runs, and says what is wrong without the numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,54 +15,109 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_tensors(hidden: Any, **others: Any) -> None:
-    """Tensors, on one device; ``bias`` and ``rows`` may be None."""
-    for name, x in {"hidden": hidden, **others}.items():
-        if x is None and name in ("bias", "rows"):
+class Names(NamedTuple):
+    """What the caller calls the arguments of a projection."""
+
+    hidden: str = "hidden"
+    weight: str = "weight"
+    targets: str = "targets"
+    bias: str = "bias"
+
+
+NAMES = Names()
+
+
+def projection(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    names: Names = NAMES,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias, checked and in autocast's dtype.
+
+    Args:
+        hidden: Shape ``(..., H)``.
+        weight: Shape ``(V, H)``.
+        targets: Shape ``(...)``, int64.
+        bias: Shape ``(V,)``.
+        rows: Shape ``(n,)``, int64, in the range of the flattened leading dimensions.
+        names: For the messages.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or ``rows`` are out of range or not unique.
+        TypeError: Wrong or mixed dtypes.
+    """
+    given = (hidden, weight, targets, bias, rows)
+    for name, x in zip((*names, "rows"), given, strict=True):
+        if x is None and name in (names.bias, "rows"):
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x.device != hidden.device:
             raise ValueError(
-                f"{name} is on {x.device}, hidden is on {hidden.device}: move both to one device"
+                f"{name} is on {x.device}, {names.hidden} is on {hidden.device}: move both to one "
+                "device"
             )
+    hidden, weight = autocast(hidden), autocast(weight)
+    bias = None if bias is None else autocast(bias)
+    _dtypes(hidden, weight, targets, bias, rows, names)
+    _shapes(hidden, weight, targets, bias, names)
+    if rows is not None:
+        check_rows(rows, targets.numel())
+    return hidden, weight, bias
 
 
-def check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None
+def autocast(x: Tensor) -> Tensor:
+    """The tensor in autocast's dtype where autocast is on, else as it is."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
+
+
+def _dtypes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    names: Names,
 ) -> None:
-    """Dtypes and shapes."""
     if hidden.dtype not in FLOATS:
-        raise TypeError(f"hidden: expected fp32, bf16, fp16 or float64, got {hidden.dtype}")
-    for name, x in (("weight", weight), ("bias", bias)):
+        raise TypeError(f"{names.hidden}: expected fp32, bf16, fp16 or float64, got {hidden.dtype}")
+    for name, x in ((names.weight, weight), (names.bias, bias)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
-                f"{name} is {x.dtype}, hidden is {hidden.dtype}: convert one of them, or run under "
-                "torch.autocast"
+                f"{name} is {x.dtype}, {names.hidden} is {hidden.dtype}: convert one of them, or "
+                "run under torch.autocast"
             )
-    for name, x in (("targets", targets), ("rows", rows)):
+    for name, x in ((names.targets, targets), ("rows", rows)):
         if x is not None and x.dtype != torch.int64:
             raise TypeError(f"{name}: expected int64, got {x.dtype}")
+
+
+def _shapes(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, names: Names
+) -> None:
+    size = tuple(weight.shape)
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape (V, H), got {tuple(weight.shape)}")
+        raise ValueError(f"{names.weight}: expected shape (V, H), got {size}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden: expected shape (..., {weight.shape[1]}) to match weight "
-            f"{tuple(weight.shape)}, "
-            f"got {tuple(hidden.shape)}"
+            f"{names.hidden}: expected shape (..., {weight.shape[1]}) to match {names.weight} "
+            f"{size}, got {tuple(hidden.shape)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected at least one row and column, got {tuple(weight.shape)}")
+        raise ValueError(f"{names.weight}: expected at least one row and column, got {size}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"targets: expected shape {tuple(hidden.shape[:-1])} to match hidden "
-            f"{tuple(hidden.shape)}, "
-            f"got {tuple(targets.shape)}"
+            f"{names.targets}: expected shape {tuple(hidden.shape[:-1])} to match {names.hidden} "
+            f"{tuple(hidden.shape)}, got {tuple(targets.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if rows is not None and rows.dim() != 1:
-        raise ValueError(f"rows: expected a 1-D index, got shape {tuple(rows.shape)}")
+        raise ValueError(f"{names.bias}: expected shape ({size[0]},), got {tuple(bias.shape)}")
 
 
 def check_options(
@@ -83,15 +139,34 @@ def check_options(
         raise ValueError("process_group: backend='reference' needs the whole weight")
 
 
-def check_rows(rows: Tensor, num_rows: int) -> None:
-    """Range and uniqueness of ``rows``, on CPU, where it costs no sync."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or not rows.numel():
+def _require(good: Tensor, wrong: str, details: Callable[[], str]) -> None:
+    """Raise unless all of ``good`` holds; only on CPU, where looking costs no sync.
+
+    A graph that is being compiled is made to look as it runs, and then to say ``wrong`` alone: the
+    numbers in ``details`` would tie it to one size.
+    """
+    if good.device.type != "cpu":
         return
-    low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= num_rows:
-        raise ValueError(f"rows: expected indices in [0, {num_rows}), got [{low}, {high}]")
-    if torch.unique(rows).numel() != rows.numel():
-        raise ValueError("rows: an index occurs twice; gather hidden and targets yourself instead")
+    if torch.compiler.is_compiling():
+        torch._assert_async(good.all(), wrong)
+    elif not good.all():
+        raise ValueError(f"{wrong}: {details()}")
+
+
+def check_rows(rows: Tensor, num_rows: int) -> None:
+    """Shape, range and uniqueness of ``rows``."""
+    if rows.dim() != 1:
+        raise ValueError(f"rows: expected a 1-D index, got shape {tuple(rows.shape)}")
+    _require(
+        (rows >= 0) & (rows < num_rows),
+        "rows: an index is out of range",
+        lambda: f"expected [0, {num_rows}), got [{int(rows.min())}, {int(rows.max())}]",
+    )
+    _require(
+        rows.sort().values.diff() > 0,
+        "rows: an index occurs twice",
+        lambda: "gather hidden and targets yourself instead",
+    )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
@@ -103,13 +178,14 @@ def check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
         raise ValueError(
             f"cu_seqlens: expected shape (num_sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != n or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens: expected to start at 0, never fall, and end at the number of tokens {n}; "
-            f"got {cu_seqlens.tolist()[:8]}..., ending at {int(cu_seqlens[-1])}"
-        )
+    _require(
+        torch.cat([cu_seqlens[:1] == 0, cu_seqlens.diff() >= 0, cu_seqlens[-1:] == n]),
+        "cu_seqlens: these are no boundaries of sequences that cover the tokens",
+        lambda: (
+            f"expected to start at 0, never fall, and end at the number of tokens {n}; got "
+            f"{cu_seqlens.tolist()[:8]}..., ending at {int(cu_seqlens[-1])}"
+        ),
+    )
 
 
 def check_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> None:
@@ -131,9 +207,11 @@ def check_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: T
         raise ValueError(f"pairs: expected shape (P, 2), got {tuple(pairs.shape)}")
     check_cu_seqlens(cu_seqlens, logps.shape[0])
     num_sequences = cu_seqlens.numel() - 1
-    if pairs.device.type == "cpu" and pairs.numel() and not torch.compiler.is_compiling():
-        low, high = int(pairs.min()), int(pairs.max())
-        if low < 0 or high >= num_sequences:
-            raise ValueError(
-                f"pairs: expected sequence indices in [0, {num_sequences}), got [{low}, {high}]"
-            )
+    _require(
+        (pairs >= 0) & (pairs < num_sequences),
+        "pairs: a sequence index is out of range",
+        lambda: (
+            f"expected sequence indices in [0, {num_sequences}), got [{int(pairs.min())}, "
+            f"{int(pairs.max())}]"
+        ),
+    )

@@ -271,11 +271,9 @@ def backward(
     dhidden = torch.empty_like(saved.unit_grad)
     if problem.need_hidden_grad:
         kernels.scale_rows_(dhidden, saved.unit_grad, grad.contiguous())
-    dweight = weight.new_empty(weight.shape if problem.need_weight_grad else (0, weight.shape[1]))
-    dbias = grad.new_zeros((weight.shape[0] if problem.need_bias_grad else 0,))
-    if problem.keeps:
-        _head_gradients(grad, hidden, weight, bias, targets, saved, problem, dweight, dbias)
-    return dhidden, dweight, dbias.to(weight.dtype)
+    if not problem.keeps:
+        return dhidden, weight.new_empty((0, weight.shape[1])), weight.new_empty((0,))
+    return dhidden, *_head_gradients(grad, hidden, weight, bias, targets, saved, problem)
 
 
 def _rescale_rows_(
@@ -303,10 +301,8 @@ def _head_gradients(
     targets: Tensor,
     saved: Saved,
     problem: Problem,
-    dweight: Tensor,
-    dbias: Tensor,
-) -> None:
-    """Fill ``dweight`` and ``dbias``: a vocabulary tile at a time, its rows summed in the compute
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias: a vocabulary tile at a time, its rows summed in the compute
     dtype."""
     kernels = backends.select(problem.backend, hidden)
     n, v, size = hidden.shape[0], weight.shape[0], weight.shape[1]
@@ -319,10 +315,14 @@ def _head_gradients(
     toward = problem.scale * grad * q
     away = -problem.scale * grad * coef
     bias_c = None if bias is None else bias.to(dtype)
+    dbias = grad.new_zeros((v if problem.need_bias_grad else 0,))
     slice_bytes = p.tile * size * dtype.itemsize
     with scratch(hidden.device, nbytes(_Operands.size(p, hidden, weight), slice_bytes)) as arena:
         ops = _Operands(arena, p, hidden, weight)
         slice_buffer = arena.take(p.tile * size, dtype=dtype)
+        # after the scratch, so that a first call does not take the slab of the forward's
+        trained = v if problem.need_weight_grad else 0
+        dweight = lend(trained * size, weight.dtype, weight.device).view(trained, size)
 
         def exponentials(t: int, r0: int, r1: int, v0: int, v1: int) -> tuple[Tensor, Tensor]:
             """G of a tile, kept or recomputed, and the factor that takes its rows to the
@@ -377,3 +377,4 @@ def _head_gradients(
         dbias.index_put_(here, torch.where(counted, toward, 0.0), accumulate=True)
     if n == 0:
         dweight.zero_()
+    return dweight, dbias.to(weight.dtype)

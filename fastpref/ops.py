@@ -11,13 +11,8 @@ from fastpref import checks, reference, registered
 from fastpref.reference import TokenStats
 from fastpref.smoothing import target_minus_mean_logit
 
-
-def autocast(x: Tensor) -> Tensor:
-    """The tensor in autocast's dtype where autocast is on, else as it is."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
+TORCH_NAMES = checks.Names("input", "linear_weight", "target", "linear_bias")
+"""What ``torch.nn.functional.linear_cross_entropy`` calls the arguments of a projection."""
 
 
 def _needs_grad(x: Tensor | None) -> bool:
@@ -88,18 +83,13 @@ def linear_logprobs(
         The online softmax is Milakov and Gimelshein, arXiv:1805.02867; the schedule is described in
         ``docs/decisions.md``.
     """
-    checks.check_tensors(hidden, weight=weight, targets=targets, bias=bias, rows=rows)
-    hidden, weight = autocast(hidden), autocast(weight)
-    bias = None if bias is None else autocast(bias)
-    checks.check(hidden, weight, targets, bias, rows)
+    hidden, weight, bias = checks.projection(hidden, weight, targets, bias, rows)
     checks.check_options(softcap, memory_budget, process_group, backend)
     if weight.stride(1) != 1:
         weight = weight.contiguous()  # the kernels and products read whole rows
     shape, num_rows = targets.shape, targets.numel()
     flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
-    if rows is not None:
-        checks.check_rows(rows, num_rows)
-    elif targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != ignore_index
         rows = None if counted.all() else counted.nonzero()[:, 0]
     if rows is not None:
@@ -218,6 +208,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if label_smoothing and process_group is not None:
         raise ValueError("label_smoothing needs the whole weight: pass process_group=None, or 0")
+    checks.projection(input, linear_weight, target, linear_bias, rows, TORCH_NAMES)
     logp = linear_logprobs(
         input,
         linear_weight,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref import backends, linear
+from fastpref.library import differentiable, fake, op
 from fastpref.linear import Problem, Saved
 from fastpref.parallel import Shard
 
@@ -30,15 +31,15 @@ def check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"targets: row {row} holds {int(targets[row])}, expected an index in "
-                f"[0, {vocab_size}) or "
-                f"ignore_index={ignore_index}. Check the tokenizer against the rows of weight."
+                f"target out of range: of the rows that are projected, row {row} holds "
+                f"{int(targets[row])}, expected an index in [0, {vocab_size}) or "
+                f"ignore_index={ignore_index}. Check the tokenizer against the rows of the weight."
             )
     elif _debug():
         torch._assert_async(~bad.any(), "fastpref: a target is outside the vocabulary")
 
 
-@torch.library.custom_op("fastpref::linear_logprobs", mutates_args=())
+@op("linear_logprobs")
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -66,7 +67,7 @@ def linear_logprobs(
     return (logp, stats, *saved)
 
 
-@linear_logprobs.register_fake
+@fake(linear_logprobs)
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -100,7 +101,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastpref::linear_logprobs_backward", mutates_args=())
+@op("linear_logprobs_backward")
 def linear_logprobs_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -130,7 +131,7 @@ def linear_logprobs_backward(
     return linear.backward(grad, hidden, weight, bias, targets, saved, problem)
 
 
-@linear_logprobs_backward.register_fake
+@fake(linear_logprobs_backward)
 def _(
     grad: Tensor,
     hidden: Tensor,
@@ -193,32 +194,32 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return (*picked, *none[3:])
 
 
-linear_logprobs.register_autograd(_differentiate, setup_context=_save)
+differentiable(linear_logprobs, _differentiate, _save)
 
 
 # --- sums over sequences
 # ---------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastpref::sequence_sum", mutates_args=())
+@op("sequence_sum")
 def sequence_sum(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     """Sum of ``values (n,)`` over each ``[cu_seqlens[i], cu_seqlens[i + 1])``."""
     return backends.select(backend, values).segment_sum(values.contiguous(), cu_seqlens)
 
 
-@sequence_sum.register_fake
+@fake(sequence_sum)
 def _(values: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
     return values.new_empty((cu_seqlens.shape[0] - 1,))
 
 
-@torch.library.custom_op("fastpref::sequence_sum_backward", mutates_args=())
+@op("sequence_sum_backward")
 def sequence_sum_backward(grad: Tensor, cu_seqlens: Tensor, n: int, backend: str) -> Tensor:
     """``grad (S,)`` repeated over its sequence."""
     kernels = backends.select(backend, grad)
     return kernels.segment_sum_backward(grad.contiguous(), cu_seqlens, n)
 
 
-@sequence_sum_backward.register_fake
+@fake(sequence_sum_backward)
 def _(grad: Tensor, cu_seqlens: Tensor, n: int, backend: str) -> Tensor:
     return grad.new_empty((n,))
 
@@ -235,10 +236,10 @@ def _differentiate_sum(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return sequence_sum_backward(grad, cu_seqlens, ctx.n, ctx.backend), None, None
 
 
-sequence_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)
+differentiable(sequence_sum, _differentiate_sum, _save_sum)
 
 
-@torch.library.custom_op("fastpref::preference_margins", mutates_args=())
+@op("preference_margins")
 def preference_margins(
     logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor, backend: str
 ) -> Tensor:
@@ -247,12 +248,12 @@ def preference_margins(
     return kernels.pair_margins(logps.contiguous(), ref_logps.contiguous(), cu_seqlens, pairs)
 
 
-@preference_margins.register_fake
+@fake(preference_margins)
 def _(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor, backend: str) -> Tensor:
     return logps.new_empty((3, pairs.shape[0]))
 
 
-@torch.library.custom_op("fastpref::preference_margins_backward", mutates_args=())
+@op("preference_margins_backward")
 def preference_margins_backward(
     grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: int, backend: str
 ) -> Tensor:
@@ -261,7 +262,7 @@ def preference_margins_backward(
     return kernels.pair_margins_backward(grad.contiguous(), cu_seqlens, pairs, n)
 
 
-@preference_margins_backward.register_fake
+@fake(preference_margins_backward)
 def _(grad: Tensor, cu_seqlens: Tensor, pairs: Tensor, n: int, backend: str) -> Tensor:
     return grad.new_empty((n,))
 
@@ -279,4 +280,4 @@ def _differentiate_margins(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dlogps, -dlogps if ctx.needs_input_grad[1] else None, None, None, None
 
 
-preference_margins.register_autograd(_differentiate_margins, setup_context=_save_margins)
+differentiable(preference_margins, _differentiate_margins, _save_margins)

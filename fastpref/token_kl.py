@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fastpref import checks
+from fastpref.library import differentiable, fake, op
 from fastpref.linear import compute_dtype
-from fastpref.ops import autocast
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 
+REF_NAMES = checks.Names("ref_hidden", "ref_weight", "hidden's rows", "ref_bias")
 # Chunk-sized fp32 buffers alive at once: logits, both log-softmaxes, and what a KL makes of them.
 _BUFFERS = 7
 
@@ -65,7 +66,7 @@ def _chunk(
     return kl, grad.mul_(scale)
 
 
-@torch.library.custom_op("fastpref::linear_token_kl", mutates_args=())
+@op("linear_token_kl")
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -94,7 +95,7 @@ def _forward(
     return kl, unit
 
 
-@_forward.register_fake
+@fake(_forward)
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     n = hidden.shape[0]
     return (
@@ -103,7 +104,7 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("fastpref::linear_token_kl_backward", mutates_args=())
+@op("linear_token_kl_backward")
 def _head_gradients(
     grad: Tensor,
     hidden: Tensor,
@@ -133,7 +134,7 @@ def _head_gradients(
     return dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-@_head_gradients.register_fake
+@fake(_head_gradients)
 def _(grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), weight.new_empty((weight.shape[0],))
 
@@ -155,7 +156,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 9
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+differentiable(_forward, _differentiate, _save)
 
 
 def linear_token_kl(
@@ -212,12 +213,10 @@ def linear_token_kl(
     token = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
-    for x, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
-        checks.check_tensors(x, weight=w, targets=token, bias=b)
-    hidden, weight, ref_hidden, ref_weight = map(autocast, (hidden, weight, ref_hidden, ref_weight))
-    bias, ref_bias = (None if b is None else autocast(b) for b in (bias, ref_bias))
-    for x, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
-        checks.check(x, w, token, b, None)
+    hidden, weight, bias = checks.projection(hidden, weight, token, bias)
+    ref_hidden, ref_weight, ref_bias = checks.projection(
+        ref_hidden, ref_weight, token, ref_bias, names=REF_NAMES
+    )
     for cap in (softcap, ref_softcap):
         checks.check_options(cap, memory_budget, None, "auto")
     if ref_weight.shape[0] != weight.shape[0]:

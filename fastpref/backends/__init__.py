@@ -12,8 +12,9 @@ import logging
 from functools import cache
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
+from torch import dtype as DType
+from torch.cuda import is_available as sees_gpu  # in here `torch` and `cuda` are backends
 
 log = logging.getLogger("fastpref")
 
@@ -29,8 +30,14 @@ _DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 _REMEDY = {
     "cpp": "install a C++ compiler and rebuild: pip install --no-build-isolation --no-deps .",
     "triton": 'pip install "triton>=3.4" (Linux with an NVIDIA GPU)',
-    "cuda": "rebuild with the CUDA toolkit: FASTPREF_CUDA=1 pip install --no-build-isolation .",
+    "cuda": (
+        "install the CUDA toolkit and rebuild: FASTPREF_CUDA=1 FASTPREF_FORCE_BUILD=1 "
+        "pip install -v --no-build-isolation --no-deps ."
+    ),
 }
+_NO_GPU = (
+    "leave the choice to backend='auto', or run where torch is a CUDA build and sees an NVIDIA GPU"
+)
 
 
 class RowKernels(Protocol):
@@ -185,11 +192,15 @@ def status() -> dict[str, str]:
 
 
 def remedy(name: str) -> str:
-    """The command that makes a missing backend available; empty for the built-in one."""
-    return _REMEDY.get(name, "")
+    """What makes a missing backend available; empty for the built-in one.
+
+    That is a command, unless what is missing is the device that the backend runs on.
+    """
+    needs_gpu = "cuda" in _DEVICES.get(name, ())
+    return _NO_GPU if needs_gpu and not sees_gpu() else _REMEDY.get(name, "")
 
 
-def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+def explain(device_type: str, dtype: DType) -> tuple[str, str]:
     """The backend that ``auto`` takes for a device and dtype, and why."""
     order = _AUTO.get(device_type, ("torch",))
     why: list[str] = []
@@ -203,7 +214,7 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 @cache
-def _auto(device_type: str, dtype: torch.dtype) -> str:
+def _auto(device_type: str, dtype: DType) -> str:
     name, reason = explain(device_type, dtype)
     log.info("fastpref backend for %s %s: %s (%s)", device_type, dtype, name, reason)
     return name
@@ -212,11 +223,11 @@ def _auto(device_type: str, dtype: torch.dtype) -> str:
 def _require(name: str) -> RowKernels:
     kernels = _module(name)
     if isinstance(kernels, str):
-        raise RuntimeError(f"backend={name!r} is not available: {kernels}. Try: {remedy(name)}")
+        raise RuntimeError(f"backend={name!r} is not available: {kernels}. To help: {remedy(name)}")
     return kernels
 
 
-def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
+def resolve(name: str, device_type: str, dtype: DType) -> str:
     """The name of the backend to run, with ``"auto"`` decided.
 
     Raises:

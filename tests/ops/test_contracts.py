@@ -3,6 +3,7 @@ people."""
 
 from __future__ import annotations
 
+import re
 import threading
 from itertools import pairwise
 
@@ -213,7 +214,7 @@ WRONG = {
     "budget": (ValueError, "memory_budget", {"memory_budget": -1}),
     "rows range": (
         ValueError,
-        r"rows: expected indices in \[0, 13\)",
+        r"rows: an index is out of range: expected \[0, 13\), got \[13, 13\]",
         {"rows": torch.tensor([13])},
     ),
     "rows twice": (ValueError, "occurs twice", {"rows": torch.tensor([1, 1])}),
@@ -231,10 +232,84 @@ def test_errors_name_the_argument(tensors, case):
         linear_logprobs(**arguments)
 
 
+CROSS_ENTROPY = {
+    "input": (torch.randn(N, 9), r"input: expected shape \(..., 8\) to match linear_weight"),
+    "linear_weight": (torch.randn(V, H).half(), "linear_weight is torch.float16, input is"),
+    "target": (torch.zeros(4, dtype=torch.int64), r"target: expected shape \(13,\) to match input"),
+    "linear_bias": (torch.randn(3), r"linear_bias: expected shape \(50,\)"),
+}
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPY)
+def test_cross_entropy_names_its_own_arguments(tensors, name):
+    """Those of torch's function, never those of the op beneath."""
+    value, message = CROSS_ENTROPY[name]
+    given = dict(zip(CROSS_ENTROPY, tensors, strict=True))
+    for wrong, said in ((value, message), ([1.0], rf"{name}: expected a tensor, got list")):
+        with pytest.raises((TypeError, ValueError), match=said) as raised:
+            linear_cross_entropy(**given | {name: wrong})
+        assert not re.findall(r"\b(hidden|weight|targets|bias)\b", str(raised.value))
+
+
+COMPILED = {
+    "rows": [
+        (torch.tensor([13]), "rows: an index is out of range"),
+        (torch.tensor([-1, 2]), "rows: an index is out of range"),
+        (torch.tensor([1, 1]), "rows: an index occurs twice"),
+    ],
+    "cu_seqlens": [
+        (torch.tensor([0, 3, 3, 12], dtype=torch.int32), "cu_seqlens: .* no boundaries"),
+        (torch.tensor([0, 9, 3, 13], dtype=torch.int32), "cu_seqlens: .* no boundaries"),
+    ],
+    "pairs": [
+        (torch.tensor([[0, 3]]), "pairs: a sequence index is out of range"),
+        (torch.tensor([[-1, 2]]), "pairs: a sequence index is out of range"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_graph_checks_indices_as_it_runs(tensors, compiler, name):
+    """Compiled on good values, it refuses bad ones in the same words, without the numbers."""
+
+    def loss(hidden, weight, targets, rows, cu_seqlens, pairs):
+        logps = linear_logprobs(hidden, weight, targets, rows=rows)
+        margins, _, _ = preference_margins(logps, 0.5 * logps.detach(), cu_seqlens, pairs)
+        return margins.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
+    good = {"rows": torch.arange(3, 11), "cu_seqlens": CU, "pairs": PAIRS}
+    assert torch.isfinite(compiled(*tensors[:3], **good))
+    for bad, message in COMPILED[name]:
+        with pytest.raises(RuntimeError, match=message):
+            compiled(*tensors[:3], **good | {name: bad})
+
+
 def test_missing_backend_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backends, "_module", lambda name: "no compiler was found")
     with pytest.raises(RuntimeError, match=r"'cpp' is not available: no compiler.*pip install"):
         backends.resolve("cpp", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "message"),
+    [
+        (
+            "cuda",
+            True,
+            r"built without CUDA.* install the CUDA toolkit and rebuild: FASTPREF_CUDA=1",
+        ),
+        ("cuda", False, r"built without CUDA.* backend='auto', or run where .* sees an NVIDIA GPU"),
+        ("triton", False, r"backend='auto', or run where .* sees an NVIDIA GPU"),
+    ],
+)
+def test_a_machine_without_a_gpu_is_not_told_to_rebuild(monkeypatch, name, gpu, message):
+    why = "built without CUDA: the compiled module holds the CPU kernels only"
+    monkeypatch.setattr(backends, "_module", lambda name: why)
+    monkeypatch.setattr(backends, "sees_gpu", lambda: gpu)
+    with pytest.raises(RuntimeError, match=message):
+        backends.resolve(name, "cuda", torch.float32)
 
 
 def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):

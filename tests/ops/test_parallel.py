@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,3 +80,23 @@ def worker(rank, world, store, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sharded_head_equals_whole_head(world, backend, tmp_path):
     mp.spawn(worker, args=(world, str(tmp_path / "store"), backend), nprocs=world, join=True)
+
+
+NO_TRACE = """
+import os, sys, torch, torch.distributed as dist, fastpref
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+h, w = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+fastpref.linear_logprobs(h, w, torch.arange(4), process_group=dist.group.WORLD).sum().backward()
+fastpref.linear_token_kl(h, w, h.detach(), w).sum().backward()
+during = len(os.listdir("/proc/self/task"))
+dist.destroy_process_group()
+print("torch._dynamo" in sys.modules, len(os.listdir("/proc/self/task")) < during)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_ops_leave_no_group_alive(tmp_path):
+    """Threads of a group that outlives its destruction abort the process at its end, by chance."""
+    command = [sys.executable, "-c", NO_TRACE, str(tmp_path / "store")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["False", "True"]
