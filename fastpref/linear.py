@@ -185,7 +185,7 @@ def forward(
         make(shapes[0]),
         make(shapes[1], dtype=dtype),
         make(shapes[2], dtype=dtype),
-        lend(shapes[3][0], hidden.dtype, hidden.device),
+        lend(*shapes[3], dtype=hidden.dtype, device=hidden.device),
     )
     logp = make((n,), dtype=dtype)
     stats = make((5, n if problem.with_stats else 0), dtype=dtype)
@@ -322,7 +322,7 @@ def _head_gradients(
         slice_buffer = arena.take(p.tile * size, dtype=dtype)
         # after the scratch, so that a first call does not take the slab of the forward's
         trained = v if problem.need_weight_grad else 0
-        dweight = lend(trained * size, weight.dtype, weight.device).view(trained, size)
+        dweight = lend(trained, size, dtype=weight.dtype, device=weight.device)
 
         def exponentials(t: int, r0: int, r1: int, v0: int, v1: int) -> tuple[Tensor, Tensor]:
             """G of a tile, kept or recomputed, and the factor that takes its rows to the

@@ -71,15 +71,18 @@ def scratch(device: torch.device, size: int) -> Iterator[Arena]:
         _free_cpu_slabs.append(slab)
 
 
-def lend(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised vector whose memory goes back to the slabs when the last user drops it."""
-    if device.type != "cpu" or not size:
-        return torch.empty(size, dtype=dtype, device=device)
-    slab = _take_slab(size * dtype.itemsize)
+def lend(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor whose memory goes back to the slabs when the last user
+    drops it."""
+    count = math.prod(shape)
+    if device.type != "cpu" or not count:
+        return torch.empty(shape, dtype=dtype, device=device)
+    slab = _take_slab(count * dtype.itemsize)
     # torch holds on to the buffer it was made from, and with it to the finalizer
     block = (ctypes.c_uint8 * slab.numel()).from_address(slab.data_ptr())
     weakref.finalize(block, _free_cpu_slabs.append, slab)
-    return torch.frombuffer(block, dtype=torch.uint8)[: size * dtype.itemsize].view(dtype)
+    # Shaped in place: the base of a view would keep autograd from adding to the view in place.
+    return torch.frombuffer(block, dtype=dtype, count=count).resize_(shape)
 
 
 def release() -> None:

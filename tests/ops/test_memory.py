@@ -9,7 +9,10 @@ import sys
 import pytest
 import torch
 
-from fastpref import scratch
+from fastpref import linear, scratch
+from fastpref.ops import linear_logprobs
+
+CPU = torch.device("cpu")
 
 MEASURE = """
 import resource, sys
@@ -44,16 +47,16 @@ def test_peak_is_bounded_where_the_logits_would_take_five_gigabytes(case):
 
 def test_a_lent_tensor_is_nobody_elses_until_it_dies():
     scratch.release()
-    first = scratch.lend(1000, torch.float32, torch.device("cpu"))
+    first = scratch.lend(1000, dtype=torch.float32, device=CPU)
     address = first.data_ptr()
     first.fill_(1.0)
     view = first[10:20]
     del first
-    second = scratch.lend(1000, torch.float32, torch.device("cpu")).fill_(2.0)
+    second = scratch.lend(1000, dtype=torch.float32, device=CPU).fill_(2.0)
     assert second.data_ptr() != address
     assert view.tolist() == [1.0] * 10
     del view
-    third = scratch.lend(900, torch.float32, torch.device("cpu"))
+    third = scratch.lend(900, dtype=torch.float32, device=CPU)
     assert third.data_ptr() == address
     assert second.unique().tolist() == [2.0]
 
@@ -64,3 +67,24 @@ def test_slabs_do_not_pile_up():
         with scratch.scratch(torch.device("cpu"), size) as arena:
             assert arena.take(size // 4, dtype=torch.float32).numel() == size // 4
     assert [slab.numel() for slab in scratch._free_cpu_slabs] == [10_000]
+
+
+def test_the_gradient_of_a_tied_weight_is_added_to_in_place(monkeypatch):
+    """The dense gradient of the embedding goes into the head's: no third buffer of that size."""
+    lent: list[tuple[int, ...]] = []
+    lend = scratch.lend
+
+    def watch(*shape: int, **options: object) -> torch.Tensor:
+        made = lend(*shape, **options)
+        lent.append((made.data_ptr(), *shape))
+        return made
+
+    monkeypatch.setattr(linear, "lend", watch)
+    weight, ids = torch.nn.Parameter(torch.randn(5000, 8)), torch.arange(6)
+    hidden = torch.nn.functional.embedding(ids, weight) * 2
+    linear_logprobs(hidden, weight, ids).sum().backward()
+    assert (weight.grad.data_ptr(), 5000, 8) in lent
+    truth = weight.detach().double().requires_grad_()
+    logits = torch.nn.functional.embedding(ids, truth) * 2 @ truth.T
+    logits.log_softmax(-1).gather(-1, ids[:, None]).sum().backward()
+    torch.testing.assert_close(weight.grad.double(), truth.grad, rtol=1e-4, atol=1e-4)
