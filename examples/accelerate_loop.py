@@ -3,8 +3,8 @@
     python examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py        # several processes, mixed precision, FSDP
 
-Prompts are held once for both responses and rows are packed without padding; the model's own forward
-runs, and its logits are never stored.
+Prompts are held once for both responses and rows are packed without padding; the model's own
+forward runs, and its logits are never stored.
 """
 
 from __future__ import annotations
