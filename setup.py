@@ -16,14 +16,14 @@ from setuptools import setup
 
 CPU = ["module", "cpu/rows", "cpu/sweep", "cpu/combine", "cpu/segments"]
 CUDA = ["sweep", "combine", "rows", "segments"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: the binary loads there and later
 LOG = Path("build/fastpref-build.log").absolute()
-FORCE = os.environ.get("FASTPREF_FORCE_BUILD") == "1"
 
 
 def without_kernels(why: str, error: Exception | None = None) -> None:
     """Say what will be missing, or fail where that was asked for."""
-    if FORCE and error:
+    if error and os.environ.get("FASTPREF_FORCE_BUILD") == "1":
         raise error
     remedy = "pip install -v --no-build-isolation --no-deps ."
     print(f"fastpref: installing without native kernels: {why}", file=sys.stderr)
@@ -60,13 +60,15 @@ def native_module() -> dict:
                 os.dup2(streams[0], 1), os.dup2(streams[1], 2)
                 print(LOG.read_text(), flush=True)
 
-    wanted = os.environ.get("FASTPREF_CUDA", "1" if torch.version.cuda and ext.CUDA_HOME else "0")
-    cuda = wanted == "1" and bool(CUDA)
+    able = bool(torch.version.cuda and ext.CUDA_HOME)
+    cuda = os.environ.get("FASTPREF_CUDA", "01"[able]) == "1"
+    if cuda and not able:
+        found = f"torch {torch.__version__}, CUDA toolkit {ext.CUDA_HOME or 'not found'}"
+        sys.exit(f"fastpref: FASTPREF_CUDA=1 needs a CUDA build of torch and nvcc; found {found}")
     target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"] + (["-DUSE_CUDA"] if cuda else [])
     # without -fno-math-errno and -fno-trapping-math the exp loops stay scalar
     flags = "-O3 -Wall -Wextra -fvisibility=hidden -ffp-contract=fast".split()
     flags += ["-fno-math-errno", "-fno-trapping-math"]
-    nvcc = ["-O3", "--expt-relaxed-constexpr"]
     facts = {
         "FLAGS": " ".join(flags),
         "TORCH_TARGET": TORCH_TARGET,
@@ -74,14 +76,13 @@ def native_module() -> dict:
         "CUDA_VERSION": str(torch.version.cuda) if cuda else "none",
         "CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", "default") if cuda else "none",
     }
-    # No py_limited_api: pybind11 uses more of CPython than the limited API, so a wheel serves one
-    # Python version, and by the stable ABI every torch.
+    # no py_limited_api: pybind11 uses more of CPython; a wheel serves one Python and every torch
     extension = (ext.CUDAExtension if cuda else ext.CppExtension)(
         "fastpref._C",
         [f"csrc/{name}.cpp" for name in CPU] + [f"csrc/cuda/{name}.cu" for name in CUDA if cuda],
         include_dirs=[pybind11.get_include()],
         define_macros=[(f"FASTPREF_{name}", f'"{fact}"') for name, fact in facts.items()],
-        extra_compile_args={"cxx": target + flags, "nvcc": [*target, *nvcc]},
+        extra_compile_args={"cxx": target + flags, "nvcc": target + NVCC_FLAGS},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

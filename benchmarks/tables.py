@@ -15,15 +15,17 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKED = re.compile(r"(<!-- bench:(\S+)((?: \S+=\S+)*) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-CASE = ("op", "schedule", "N", "H", "V", "dtype", "device")
+OUT = re.compile(r" --out \S+")
 
 Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
 
 
 def _show(value: float | None, form: str) -> str:
@@ -35,17 +37,62 @@ def _mib(row: Row) -> str:
     return _show(None if size is None else size / 2**20, ",.0f")
 
 
-COLUMNS = {
-    "system": lambda row: f"`{row['system']}`",
-    "ms forward": lambda row: _show(row["ms_forward"], ",.1f"),
-    "ms backward": lambda row: _show(row["ms_backward"], ",.1f"),
-    "ms": lambda row: _show(row["ms_total"], ",.1f"),
-    "± IQR": lambda row: _show(row["ms_spread"], ",.1f"),
-    "over the GEMMs": lambda row: _show(row["floor_ratio"], ".2f") + "x",
-    "extra MiB": _mib,
-    "nats per 1,024 tokens": lambda row: _show(row["error_nats_per_1024"], ".1e"),
-    "gradient error": lambda row: _show(row["relative_gradient_error"], ".1e"),
-}
+def _op_caption(row: Row) -> str:
+    shape = f"N={row['N']:,}, H={row['H']:,}, V={row['V']:,}"
+    return f"{row['schedule']}: {shape}, {row['dtype']}; {row['device']}"
+
+
+def _step_caption(row: Row) -> str:
+    return f"{row['mix']}: {row['model']}; {row['pairs_per_step']} pairs a step; {row['device']}"
+
+
+class Kind(NamedTuple):
+    """What one sort of row looks like as a table."""
+
+    case: tuple[str, ...]
+    """Fields that rows of one table share."""
+    caption: Callable[[Row], str]
+    sorted_by: str
+    columns: Columns
+
+
+OP = Kind(
+    ("schedule", "N", "H", "V", "dtype", "device"),
+    _op_caption,
+    "ms_total",
+    {
+        "op": lambda row: row["op"],
+        "system": lambda row: f"`{row['system']}`",
+        "ms forward": lambda row: _show(row["ms_forward"], ",.1f"),
+        "ms backward": lambda row: _show(row["ms_backward"], ",.1f"),
+        "ms": lambda row: _show(row["ms_total"], ",.1f"),
+        "± IQR": lambda row: _show(row["ms_spread"], ",.1f"),
+        "over the GEMMs": lambda row: _show(row["floor_ratio"], ".2f") + "x",
+        "extra MiB": _mib,
+        "nats per 1,024 tokens": lambda row: _show(row["error_nats_per_1024"], ".1e"),
+        "gradient error": lambda row: _show(row["relative_gradient_error"], ".1e"),
+    },
+)
+STEP = Kind(
+    ("mix", "model", "pairs_per_step", "device"),
+    _step_caption,
+    "seconds_per_step",
+    {
+        "system": lambda row: f"`{row['system']}`",
+        "s a step": lambda row: _show(row["seconds_per_step"], ".2f"),
+        "± range": lambda row: _show(row["seconds_spread"], ".2f"),
+        "pairs/s over TRL": lambda row: _show(row["pairs_per_second_over_trl"], ".2f") + "x",
+        "peak GB": lambda row: _show(row["peak_rss_bytes"] / 1e9, ".2f"),
+        "peak over TRL": lambda row: _show(row["peak_rss_over_trl"], ".2f") + "x",
+        "tokens through the model": lambda row: _show(row["backbone_tokens_per_step"], ",d"),
+        "loss, off TRL's by": lambda row: _show(row["loss_difference"], ".0e"),
+    },
+)
+
+
+def kind_of(row: Row) -> Kind:
+    """How a row is shown: by the fields it has."""
+    return STEP if "seconds_per_step" in row else OP
 
 
 def rows_of(file: str, filters: dict[str, str]) -> list[Row]:
@@ -57,31 +104,34 @@ def rows_of(file: str, filters: dict[str, str]) -> list[Row]:
         if unknown:
             raise ValueError(f"{file}: rows have no field {', '.join(sorted(unknown))}")
         if all(str(row[field]) == value for field, value in filters.items()):
-            newest[(row["system"], *(row[field] for field in CASE))] = row
+            key = (row["system"], row.get("op"), *(row[field] for field in kind_of(row).case))
+            newest[key] = row
     return list(newest.values())
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a caption and a table per case. Predictions are called so."""
+    """Markdown: a caption, the command and a table per case. Predictions are called so."""
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        cases.setdefault(tuple(row[field] for field in CASE if field != "op"), []).append(row)
+        cases.setdefault(tuple(row[field] for field in kind_of(row).case), []).append(row)
     blocks = []
-    for case, members in cases.items():
-        schedule, n, h, v, dtype, device = case
-        kind = "measured" if members[0]["measured"] else "predicted, not measured"
+    for members in cases.values():
+        first = members[0]
+        kind = kind_of(first)
+        status = "measured" if first["measured"] else "predicted, not measured"
         names = dict.fromkeys(f"{r['versions'].get('torch', '')}" for r in members)
         torch = " and ".join(filter(None, names))
-        where = f"{device}, torch {torch}" if torch else device
+        commands = dict.fromkeys(OUT.sub("", r["command"]) for r in members)
         lines = [
-            f"{schedule}: N={n:,}, H={h:,}, V={v:,}, {dtype}; {where}; {kind}",
+            f"{kind.caption(first)}{f', torch {torch}' if torch else ''}; {status} by",
             "",
-            f"| {' | '.join(['op', *COLUMNS])} |",
-            f"|{'---|' * (len(COLUMNS) + 1)}",
+            *(f"    {command}" for command in commands),
+            "",
+            f"| {' | '.join(kind.columns)} |",
+            f"|{'---|' * len(kind.columns)}",
         ]
-        for row in sorted(members, key=lambda r: r["ms_total"] or 0.0):
-            cells = [row["op"], *(show(row) for show in COLUMNS.values())]
-            lines.append(f"| {' | '.join(cells)} |")
+        for row in sorted(members, key=lambda r: r[kind.sorted_by] or 0.0):
+            lines.append(f"| {' | '.join(show(row) for show in kind.columns.values())} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 

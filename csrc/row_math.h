@@ -94,11 +94,15 @@ FASTPREF_INLINE c clamp_exponent(c x, c lowest = Float<c>::kLowest) {
   return x < lowest ? lowest : x;
 }
 
-// exp(x) for x <= 0 (already clamped) or NaN, within 1 ulp.
+// exp(x) for x <= 0 (already clamped) or NaN, within 1 ulp; 0 where exp(x) is a denormal. Next to
+// R >= 1 or the 1 of a likely target denormals change no sum, and the products that would read them
+// take up to fourteen times as long on a CPU.
 template <class c>
 FASTPREF_INLINE c exp_clamped(c x) {
+  constexpr c kSmallest = std::numeric_limits<c>::min() / unlift<c>();
   const SplitExp<c> e = split_exp(x);
-  return (e.power + e.power * e.fraction) * unlift<c>();
+  const c lifted = e.power + e.power * e.fraction;
+  return (lifted < kSmallest ? c(0) : lifted) * unlift<c>();
 }
 
 template <class c>

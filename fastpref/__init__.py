@@ -18,6 +18,7 @@ _HOME = {
     "TokenStats": "reference",
     "integrations": "integrations",
     "losses": "losses",
+    "rounds": "rounds",
     "PreferenceConfig": "config",
     "DPOConfig": "config",
     "KTOConfig": "config",

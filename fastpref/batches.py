@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
+from fastpref.data.formats import response_names
 from fastpref.data.tokenize import token_counts
 from fastpref.heads import causal_lm
 from fastpref.policy import Batch
 
 logger = logging.getLogger("fastpref")
 
-RESPONSES = {"pair": ("chosen", "rejected", "third"), "unpaired": ("completion",)}
-"""Names of the responses, in the order of a batch's sequences."""
+Corrupt = Callable[[list[int]], list[int]]
+
 TOKEN_COLUMN = "ref_{}_token_logps"
 """Dataset column with the reference's log-probability of each token of a response, by its name."""
 
@@ -33,7 +34,7 @@ class TrainerCollator:
 
     Args:
         collator: Makes the batch, sequences response by response, each in the order of the rows.
-        kind: ``"pair"`` or ``"unpaired"``.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         prompts: Score prompts too.
     """
 
@@ -66,12 +67,12 @@ class TrainerCollator:
             _add_prompts(batch, len(features))
         if not self.packed:
             _spread(batch)
-        names = [name for name in RESPONSES[self.kind] if f"{name}_ids" in features[0]]
+        names = response_names(features[0], self.kind)
         bounds, size = batch["cu_seqlens"].tolist(), len(features)
         groups = bounds[::size] + ([] if (len(bounds) - 1) % size == 0 else bounds[-1:])
         batch["response_tokens"] = [b - a for a, b in pairwise(groups)]
-        prompts = sum(len(f["prompt_ids"]) for f in features)
-        batch["num_tokens"] = prompts * len(names) + bounds[size * len(names)]
+        prompts = [f.get(f"{n}_prompt_ids", f["prompt_ids"]) for f in features for n in names]
+        batch["num_tokens"] = sum(map(len, prompts)) + bounds[size * len(names)]
         columns = [TOKEN_COLUMN.format(name) for name in names]
         if columns[0] in features[0]:
             values = [f[name] for name in columns for f in features]
@@ -130,24 +131,33 @@ def make_collator(args: Any, tokenizer: Any, combined: Any, model: Any) -> Prefe
         row_tokens=args.max_tokens_per_batch,
         dense_mask=implementation != "flex_attention",
         pad_to_multiple_of=args.pad_to_multiple_of or 1,
-        mismatched="previous" if "mismatched" in combined.needs else None,
     )
 
 
 def count(batch: Batch) -> int:
     """Number of examples in a batch."""
-    return int(batch["pairs"].shape[0] if "pairs" in batch else batch["label"].shape[0])
+    return len(next(batch[name] for name in ("pairs", "groups", "label") if name in batch))
 
 
-def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: str) -> Any:
+def prepare_dataset(
+    dataset: Any,
+    tokenizer: Any,
+    args: Any,
+    kind: str,
+    name: str,
+    extend: Callable[[Any], Any] = lambda dataset: dataset,
+    vocab_size: int | None = None,
+) -> Any:
     """The dataset as token ids, its report printed if there is something to say.
 
     Args:
         dataset: ``Dataset`` or ``IterableDataset`` in a layout of :mod:`fastpref.data.formats`.
         tokenizer: Of the model.
         args: A :class:`fastpref.PreferenceConfig`.
-        kind: ``"pair"`` or ``"unpaired"``.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         name: For the progress bar.
+        extend: Adds the responses that are made of the others: :func:`extend_dataset`.
+        vocab_size: Tokens that the model has; None = any id passes.
     """
     with args.main_process_first(desc=f"tokenising {name}"):
         dataset, report = tokenize_dataset(
@@ -161,8 +171,10 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: st
             unpair=kind == "unpaired",
             num_proc=args.dataset_num_proc,
             max_bad_rows=args.max_bad_rows,
+            vocab_size=vocab_size,
             desc=f"Tokenising {name}",
         )
+        dataset = extend(dataset)
     if args.should_log and not report.streaming and (report.bad or report.notes):
         report.print()
     grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
@@ -170,6 +182,80 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: Any, kind: str, name: st
         counts = lengths(dataset, prefix_sharing=args.prefix_sharing)
         dataset = dataset.add_column(args.length_column_name, counts)
     return dataset
+
+
+def extend_dataset(
+    dataset: Any, needs: Collection[str], args: Any, corrupt: Corrupt | None = None
+) -> Any:
+    """The dataset with the responses that losses want and no dataset brings.
+
+    ``corrupted``: the chosen response, with the prompt that ``corrupt`` makes of the prompt's token
+    ids. ``mismatched``: the response to an earlier prompt, of as many as there are in a micro-batch
+    of all ranks, so that they do not depend on how it is split.
+
+    Args:
+        dataset: Of token ids.
+        needs: Of the losses.
+        args: A :class:`fastpref.PreferenceConfig`.
+        corrupt: See above; None: no such response.
+
+    Raises:
+        ValueError: ``corrupt`` gives something else than token ids, or no loss wants it.
+    """
+    if corrupt is not None and "corrupted" not in needs:
+        raise ValueError(f"corrupt_context has no effect on {', '.join(args.loss_type)}: drop it")
+    if corrupt is not None:
+        dataset = dataset.map(_corrupted, fn_kwargs={"corrupt": corrupt})
+    if "mismatched" not in needs:
+        return dataset
+    size = args.per_device_train_batch_size * args.world_size
+    if size == 1:
+        logger.warning(
+            "per_device_train_batch_size=1: %s takes its reference point from responses to the "
+            "other prompts of a batch, of which there are none, so that it stays 0. Use 2 or more; "
+            "gradient_accumulation_steps does not help.",
+            ", ".join(args.loss_type),
+        )
+    features = dataset.features
+    if features is not None:
+        names = [name for name in features if name in ("completion_ids", "completion_mask")]
+        added = {name.replace("completion", "mismatched"): features[name] for name in names}
+        features = type(features)({**features, **added})
+    return dataset.map(
+        _mismatched,
+        batched=True,
+        batch_size=size * max(1, 1000 // size),
+        features=features,
+        fn_kwargs={"size": size},
+    )
+
+
+def _corrupted(row: Mapping[str, Any], corrupt: Corrupt) -> dict[str, Any]:
+    prompt = list(corrupt(list(row["prompt_ids"])))
+    if not prompt or not all(isinstance(token, int) for token in prompt):
+        raise ValueError(
+            f"corrupt_context must give a list of token ids, one at least; of example "
+            f"{row['example_ids']} it gave {prompt!r}"
+        )
+    chosen = {f"corrupted_{x}": row[f"chosen_{x}"] for x in ("ids", "mask") if f"chosen_{x}" in row}
+    return {**chosen, "corrupted_prompt_ids": prompt}
+
+
+def _mismatched(rows: Mapping[str, list[Any]], size: int) -> dict[str, list[Any]]:
+    """For each prompt of every ``size`` the nearest earlier response to another one, from their end
+    on at their start; where all prompts are the same, an empty one."""
+    prompts = rows["prompt_ids"]
+    places = []
+    for i, prompt in enumerate(prompts):
+        first = i - i % size
+        last = min(first + size, len(prompts))
+        earlier = [*range(i - 1, first - 1, -1), *range(last - 1, i, -1)]
+        places.append(next((j for j in earlier if prompts[j] != prompt), None))
+    return {
+        f"mismatched_{part}": [[] if j is None else rows[f"completion_{part}"][j] for j in places]
+        for part in ("ids", "mask")
+        if f"completion_{part}" in rows
+    }
 
 
 def likelihood_rates(dataset: Any, kind: str, prompts: bool) -> dict[str, float]:

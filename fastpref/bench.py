@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from fastpref import backends, costs, measure
 from fastpref.costs import HEADS, SCHEDULES, UNITS, Head
 from fastpref.measure import Check, Problem, Times
 from fastpref.peers import OPS, Passes, System, systems
+from fastpref.provenance import commit, device_name, versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -251,48 +249,6 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def device_name(clock: str) -> str:
-    """The device as rows name it; it says so where the time is CPU time."""
-    if clock == "device":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    model = found[1] if found else platform.processor() or platform.machine()
-    isa = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    name = f"{model}, {isa}, {threads} thread{'s' * (threads > 1)}"
-    return f"{name}, CPU time" if clock == "cpu" else name
-
-
-def _versions(package: str, device: str) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("fastpref", "triton", package):
-        try:
-            found |= {name: version(name)} if name else {}
-        except PackageNotFoundError:
-            continue
-    if device == "cuda":
-        found["cuda"] = torch.version.cuda or "-"
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = _output(asked, Path.cwd()) or "-"
-    return found
-
-
-def _output(command: list[str], directory: Path) -> str:
-    try:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def commit() -> str:
-    """The checkout's commit, with ``-dirty`` if it was edited since; ``unknown`` outside one."""
-    here = Path(__file__).parent
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return _output(asked, here) or "unknown"
-
-
 def rows(
     problem: Problem, entries: list[Entry], clock: str, commit: str, command: str
 ) -> list[dict[str, Any]]:
@@ -312,7 +268,7 @@ def rows(
             entry.peak_extra_bytes,
             *map(_round, (found.error_nats_per_1024, found.relative_gradient_error)),
             found.deterministic,
-            *(_versions(system.package, problem.device), commit, command),
+            *(versions(problem.device, system.package), commit, command),
         )
         made.append(dict(zip(FIELDS, values, strict=True)))
     return made

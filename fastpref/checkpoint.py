@@ -124,6 +124,9 @@ def staged(
         writes: This rank writes the files that exist once.
         cleans: This rank is the first of its machine.
         barrier: Waits for all ranks.
+
+    Raises:
+        OSError: The block failed, or the disk is full.
     """
     staging = run_dir / STAGING
     if cleans:
@@ -135,18 +138,26 @@ def staged(
         yield folder
         barrier()
         if writes:
-            _finish(folder, content)
-            _publish(folder, run_dir / name)
+            seal(folder, content)
+            publish(folder, run_dir / name)
         barrier()
         # A machine with a disk of its own still has what its ranks wrote.
         if cleans and folder.is_dir():
-            _publish(folder, run_dir / name)
+            publish(folder, run_dir / name)
+    except Exception as error:  # torch, safetensors and Python each word a full disk in their way
+        raise OSError(
+            f"{name} could not be saved in {run_dir}: {error}. "
+            f"{shutil.disk_usage(run_dir).free / 2**20:,.1f} MiB are free there. Checkpoints saved "
+            "before are whole: mend what is wrong, and go on from the last one with "
+            "resume_from_checkpoint=True."
+        ) from error
     finally:
         if cleans:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _finish(folder: Path, content: dict[str, Any]) -> None:
+def seal(folder: Path, content: dict[str, Any]) -> None:
+    """Flush a folder to disk, and write its manifest: ``content`` and the list of its files."""
     files = [p for p in folder.rglob("*") if p.is_file()]
     sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
     for path in files:
@@ -156,7 +167,8 @@ def _finish(folder: Path, content: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {**content, "saved_at": time.time(), "files": sizes})
 
 
-def _publish(folder: Path, target: Path) -> None:
+def publish(folder: Path, target: Path) -> None:
+    """Rename a sealed folder into its place; what was there is left beside it, as ``replaced``."""
     if target.exists():
         target.replace(folder.with_name("replaced"))
     folder.replace(target)

@@ -18,6 +18,10 @@ from pathlib import Path
 COMMANDS = {
     "demo": ("fastpref.demo", "preference-tune a small real model on this machine, from nothing"),
     "train": ("fastpref.train", "preference-tune your model on your data"),
+    "sweep": ("fastpref.sweep", "compare losses and betas from one cached reference pass"),
+    "score": ("fastpref.score", "log-probs and implicit rewards of a dataset's responses"),
+    "inspect": ("fastpref.inspect", "what tokenisation and truncation do to a dataset"),
+    "cache": ("fastpref.cache", "build, list, verify or clear the cached reference log-probs"),
     "losses": ("fastpref.catalogue", "list the losses, or describe one"),
     "bench": ("fastpref.bench", "time the op and its peers, with a correctness gate"),
     "doctor": ("fastpref.doctor", "what is installed, which kernels run, and what is missing"),

@@ -1,42 +1,20 @@
 """What configures a preference run: transformers' ``TrainingArguments`` and TRL's field names.
 
-A field that is None leaves the choice to the loss or to the machine. A key that does not exist is
-an error that names the nearest one; keys of older TRL versions are understood, or refused by name.
+A field that is None leaves the choice to the loss or to the machine.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
-logger = logging.getLogger("fastpref")
+from fastpref.keys import as_list, translate
 
 _Config = TypeVar("_Config", bound=type)
-
-IGNORED = {
-    "padding_value": "rows are packed, so the pad token is never trained on",
-    "pad_token": "rows are packed, so the pad token is never trained on",
-    "label_pad_token_id": "masked tokens are always -100",
-    "use_logits_to_keep": "prompt tokens never reach the head",
-    "use_num_logits_to_keep": "prompt tokens never reach the head",
-    "overwrite_output_dir": "checkpoints are written beside old ones",
-    "base_model_attribute_name": "the head is found by get_output_embeddings()",
-}
-REFUSED = {
-    "generate_during_eval": "use a callback that generates, such as trl.LogCompletionsCallback",
-    "is_encoder_decoder": "encoder-decoder models are not supported",
-    "model_adapter_name": "pass a PeftModel; the reference is its adapter as it was at the start",
-    "ref_adapter_name": "pass a PeftModel; the reference is its adapter as it was at the start",
-    "force_use_ref_model": "pass ref_model to the trainer; it is then used",
-    "ref_model_init_kwargs": "load the reference yourself and pass it to the trainer as ref_model",
-    "tools": "give the dataset a column 'tools'",
-}
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -59,55 +37,11 @@ def config(cls: _Config) -> _Config:
     return made  # type: ignore[no-any-return]
 
 
-def translate(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """``given`` with keys of older versions turned into today's.
-
-    Args:
-        given: Keyword arguments of a config.
-        known: Names of its fields.
-
-    Returns:
-        Keyword arguments that are all in ``known``.
-
-    Raises:
-        ValueError: a key is refused (the message says what to do instead), or two contradict.
-        TypeError: a key is unknown; the message names the nearest.
-    """
-    given = dict(given)
-    for name in set(given) & set(IGNORED) - set(known):
-        logger.info("%s is not needed and has no effect: %s", name, IGNORED[name])
-        del given[name]
-    if (alpha := given.pop("rpo_alpha", None)) is not None:
-        if "loss_weights" in given or len(_as_list(given.get("loss_type", "dpo"))) > 1:
-            raise ValueError(
-                "rpo_alpha together with several losses: write the sum as "
-                "loss_type=['sigmoid', 'sft'], loss_weights=[1.0, rpo_alpha]"
-            )
-        given["loss_type"] = [*_as_list(given.get("loss_type", "dpo")), "sft"]
-        given["loss_weights"] = [1.0, alpha]
-        given.setdefault("nll_reduction", "tokens")
-    if given.pop("group_by_length", False):
-        given["train_sampling_strategy"] = "group_by_length"
-    for name in given:
-        if name in known:
-            continue
-        if name in REFUSED:
-            raise ValueError(f"{name} is not an option: {REFUSED[name]}")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"there is no option {name!r}.{hint}")
-    return given
-
-
 def native_bf16() -> bool:
     """Whether the accelerator in use computes in bf16 itself; false on a CPU, where it is slow."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
 
 
 @config
@@ -214,6 +148,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     precompute_ref_log_probs: bool = _option(
         False, "Score the data with the reference once, before training, then free it."
     )
+    ref_cache_dir: str = _option(
+        "auto", "Where precomputed log-probs are kept. auto: $FASTPREF_CACHE/reference; none: not."
+    )
     precompute_ref_batch_size: int | None = _option(
         None, "Pairs at a time while precomputing. None: the training batch size."
     )
@@ -230,7 +167,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Resolve what depends on the machine and check what contradicts itself."""
-        self.loss_type = _as_list(self.loss_type)
+        self.loss_type = as_list(self.loss_type)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and native_bf16()
         if getattr(self, "activation_checkpointing", True) is None:
@@ -285,6 +222,18 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
                 f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss_type)} "
                 f"losses {self.loss_type}; give one each"
             )
+        for name in ("loss_args", "model_init_kwargs"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name}={value!r}: expected a JSON object in braces")
+        least = {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 1, "max_bad_rows": 0}
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if self.num_train_epochs < 0 and self.max_steps <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs} and max_steps={self.max_steps} train "
+                "nothing: make one of them positive"
+            )
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
         if self.truncation_mode not in ("keep_start", "keep_end"):
@@ -316,6 +265,7 @@ class DPOConfig(PreferenceConfig):
     beta: float | None = _option(0.1, "Strength of the reference.")
     label_smoothing: float | None = _option(0.0, "Probability that a preference is wrong.")
     nll_reduction: str | None = _option("tokens", "Mean of a likelihood term.")
+    discopop_tau: float | None = _option(0.05, "Temperature of discopop.")
 
 
 @config
@@ -333,14 +283,23 @@ class KTOConfig(PreferenceConfig):
         return super().loss_options() | {name: (name, getattr(self, name)) for name in own}
 
 
-_CPO_LOSSES = {"sigmoid": "cpo", "cpo": "cpo", "simpo": "cpo_simpo", "alphapo": "alphapo"}
+_CPO_LOSSES = {
+    "sigmoid": "cpo",
+    "cpo": "cpo",
+    "simpo": "cpo_simpo",
+    "alphapo": "alphapo",
+    "hinge": "hinge",
+    "ipo": "ipo",
+}
 
 
 @config
 class CPOConfig(PreferenceConfig):
     """:class:`PreferenceConfig` with the options and defaults of TRL 1.16's ``CPOConfig``."""
 
-    loss_type: str | list[str] = _option(["sigmoid"], "sigmoid (CPO), simpo or alphapo.")
+    loss_type: str | list[str] = _option(
+        ["sigmoid"], "sigmoid (CPO), simpo, alphapo, hinge or ipo."
+    )
     beta: float | None = _option(0.1, "Scale of the log-probabilities.")
     label_smoothing: float | None = _option(0.0, "Probability that a preference is wrong.")
     nll_reduction: str | None = _option("tokens", "Mean of the likelihood term.")
@@ -350,13 +309,25 @@ class CPOConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         """Turn TRL's names of the losses into ours."""
-        names = _as_list(self.loss_type)
+        names = as_list(self.loss_type)
         if unknown := [name for name in names if name not in _CPO_LOSSES]:
             raise ValueError(
                 f"loss_type={unknown[0]!r}: CPOConfig has {', '.join(_CPO_LOSSES)}; for other "
                 "losses without a reference use PreferenceConfig"
             )
-        names = ["alphapo" if self.alpha else _CPO_LOSSES[name] for name in names]
+        if self.alpha and not {"sigmoid", "cpo", "simpo", "alphapo"}.issuperset(names):
+            raise ValueError(f"alpha (AlphaPO) has no {' or '.join(names)} form: set alpha=0")
+        if {"hinge", "ipo"}.intersection(names):
+            # These two take no likelihood term themselves, and their reference is none.
+            if len(names) > 1 or self.loss_weights is not None:
+                raise ValueError(
+                    f"CPOConfig's {names[0]} stands alone, its likelihood term weighed by "
+                    "cpo_alpha; for other sums use PreferenceConfig with reference_free=True"
+                )
+            self.reference_free = True
+            if self.cpo_alpha:
+                names, self.loss_weights = [*names, "sft"], [1.0, self.cpo_alpha]
+        names = ["alphapo" if self.alpha else _CPO_LOSSES.get(name, name) for name in names]
         if self.alpha and self.cpo_alpha not in (0.0, 1.0):
             raise ValueError("alpha (AlphaPO) has no likelihood term: set cpo_alpha=0")
         self.loss_type = list(dict.fromkeys(names))
@@ -364,8 +335,9 @@ class CPOConfig(PreferenceConfig):
 
     def loss_options(self) -> dict[str, tuple[str, Any]]:
         """See :meth:`PreferenceConfig.loss_options`."""
+        apart = {"hinge", "ipo"}.intersection(self.loss_type)
         return super().loss_options() | {
-            "cpo_alpha": ("nll_weight", self.cpo_alpha),
+            "cpo_alpha": ("nll_weight", None if apart else self.cpo_alpha),
             "simpo_gamma": ("gamma", self.simpo_gamma),
             "alpha": ("alpha", self.alpha),
         }

@@ -1,7 +1,8 @@
 """``fastpref demo``: DPO of a small real model on real pairs, measured on pairs it never saw.
 
 It is the library's ordinary path (:class:`fastpref.PreferenceTrainer`, one dataset, a few options);
-only where model and data come from, and the closing table, are the demo's own.
+only where model and data come from, and the closing table, are the demo's own. What it measured is
+``summary.json`` in the run directory, a row for ``benchmarks/results/demo.json``: copy it there.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -105,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
         steps=options.steps,
         learning_rate=options.learning_rate,
         cpu=options.cpu,
+        origin=shlex.join(["fastpref", "demo", *argv]),
     )
     print(report(summary))
     print(what_next(run_dir))
@@ -145,6 +148,7 @@ def tune(
     steps: int,
     learning_rate: float,
     cpu: bool = False,
+    origin: str = "",
 ) -> dict[str, Any]:
     """DPO on most of the pairs; model before and after, measured on the others.
 
@@ -156,16 +160,20 @@ def tune(
         steps: Optimiser steps.
         learning_rate: Learning rate of the first step; it falls linearly to 0.
         cpu: Leave a GPU alone.
+        origin: The command that the numbers come from.
 
     Returns:
-        The numbers of the table, also in ``run_dir/summary.json``.
+        The numbers of the table, with the machine, the versions and the command that made them, as
+        in a row of ``fastpref bench``; also in ``run_dir/summary.json``.
     """
     from datasets import Dataset
 
     from fastpref import PreferenceConfig, PreferenceTrainer, backends
     from fastpref.metrics import peak_memory
-    from fastpref.recorder import draw_run, record, resolved
+    from fastpref.provenance import commit, device_name, versions
+    from fastpref.recorder import claim, draw_run, record, resolved
 
+    claim(run_dir)
     train, held_out = (Dataset.from_list(part) for part in split_by_prompt(rows, HELD_OUT))
     config = PreferenceConfig(
         output_dir=str(run_dir),
@@ -205,8 +213,12 @@ def tune(
         "seconds": done.metrics["train_runtime"],
         "pairs_per_second": steps * BATCH / done.metrics["train_runtime"],
         "peak_bytes": peak_memory(device),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "backend": backends.explain(device.type, trainer.model.dtype)[0],
+        "device": device_name("device" if device.type == "cuda" else "wall"),
+        "measured": True,
+        "versions": versions(device.type, "transformers"),
+        "commit": commit(),
+        "command": origin,
     }
     trainer.save_model()
     print(f"measuring {len(held_out)} held-out pairs: the tuned model, then the one before")

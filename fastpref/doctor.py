@@ -16,7 +16,7 @@ from typing import Any
 import fastpref
 
 ENVIRONMENT = {
-    "FASTPREF_CACHE": "directory for the demo's model and data (default ~/.cache/fastpref)",
+    "FASTPREF_CACHE": "cached reference log-probs, the demo's files (default ~/.cache/fastpref)",
     "FASTPREF_DEBUG": "1: full range checks on CUDA tensors, tracebacks from the command line",
     "FASTPREF_CUDA": "at build: 1 or 0, CUDA kernels or not (default: if torch and nvcc have CUDA)",
     "FASTPREF_NO_CPP": "at build: 1 compiles nothing",

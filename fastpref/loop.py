@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpref import checkpoint, selfcheck
-from fastpref.batches import RESPONSES
+from fastpref.data.formats import response_names
 from fastpref.metrics import Meter
 from fastpref.reference_policy import Frozen
 
@@ -74,9 +74,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer
         self.checked = True
         rows = list(islice(dataset, 2))
-        names = RESPONSES[trainer.combined.kind]
+        names = response_names(rows[0], trainer.combined.kind)
         examples = [selfcheck.shorten(row, names) for row in rows]
-        names = tuple(name for name in names if f"{name}_ids" in examples[0])
 
         def collate(rows: list[Any]) -> Any:
             return trainer._prepare_inputs(trainer.data_collator(rows))
@@ -91,8 +90,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
                 logger.warning("%s Each sequence gets a row of its own.", error)
                 trainer.data_collator.unpack()
                 selfcheck.check_policy(model, examples, collate, names, **options)
-            if fresh and trainer.reference.is_start:
-                selfcheck.check_reference(model, trainer.reference, collate(examples), **options)
+            if trainer.reference.live:
+                start = fresh and trainer.reference.is_start
+                batch = collate(examples)
+                selfcheck.check_reference(model, trainer.reference, batch, start=start, **options)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the state before the step."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.losses import PairLogps, UnpairedLogps
+from fastpref.losses import GroupLogps, PairLogps, UnpairedLogps
+from fastpref.losses.combine import Combined
 from fastpref.ops import segment_sum
 from fastpref.policy import Batch, ResponseLogps
 
@@ -28,11 +29,11 @@ Rows = Mapping[str, tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def example_rows(
-    examples: PairLogps | UnpairedLogps,
+    examples: PairLogps | UnpairedLogps | GroupLogps,
     batch: Batch,
     policy: ResponseLogps,
     reference: Tensor | None,
-    beta: float,
+    combined: Combined,
 ) -> Rows:
     """The metrics of a batch; ``policy`` with statistics.
 
@@ -41,7 +42,7 @@ def example_rows(
         batch: Of the collator.
         policy: Of :func:`fastpref.policy.response_logps`.
         reference: Log-probabilities of the tokens, ``(n,)`` or ``(K, n)``, if there are any.
-        beta: Scale of the rewards.
+        combined: The losses, which say what the rewards are.
     """
     stats = policy.stats
     assert stats is not None
@@ -55,16 +56,45 @@ def example_rows(
         name: segment_sum(x.to(policy.logps.dtype), cu_seqlens) for name, x in numbers.items()
     }
     if isinstance(examples, UnpairedLogps):
-        return _unpaired_rows(examples, lengths, summed, beta)
-    return _pair_rows(examples, batch, lengths, summed, beta)
+        return _unpaired_rows(examples, lengths, summed, combined.beta)
+    if isinstance(examples, GroupLogps):
+        places = _best_and_worst(examples)
+        pairs = _pair_of(examples, places)
+        return _pair_rows(pairs, batch["groups"].gather(1, places), lengths, summed, combined)
+    return _pair_rows(examples, batch["pairs"], lengths, summed, combined)
+
+
+def _best_and_worst(groups: GroupLogps) -> Tensor:
+    """Places of the responses with the highest and the lowest score. Shape ``(B, 2)``."""
+    best = groups.scores.masked_fill(~groups.valid, -torch.inf).argmax(1)
+    worst = groups.scores.masked_fill(~groups.valid, torch.inf).argmin(1)
+    return torch.stack([best, worst], 1)
+
+
+def _pair_of(groups: GroupLogps, places: Tensor) -> PairLogps:
+    numbers: dict[str, Tensor | None] = {"": groups.logps, "ref_": groups.ref_logps}
+    fields: dict[str, Any] = {
+        prefix + side: x.gather(1, places)[:, i]
+        for prefix, x in numbers.items()
+        if x is not None
+        for i, side in enumerate(("chosen", "rejected"))
+    }
+    return PairLogps(**fields)
 
 
 def _pair_rows(
-    pairs: PairLogps, batch: Batch, lengths: Tensor, summed: Mapping[str, Tensor], beta: float
+    pairs: PairLogps,
+    places: Tensor,
+    lengths: Tensor,
+    summed: Mapping[str, Tensor],
+    combined: Combined,
 ) -> Rows:
-    chosen, rejected = batch["pairs"].unbind(1)
-    rewards_chosen = beta * _ratio(pairs.chosen, pairs.ref_chosen)
-    rewards_rejected = beta * _ratio(pairs.rejected, pairs.ref_rejected)
+    chosen, rejected = places.unbind(1)
+    rewards_chosen = combined.beta * _ratio(pairs.chosen, pairs.ref_chosen)
+    rewards_rejected = combined.beta * _ratio(pairs.rejected, pairs.ref_rejected)
+    if combined.mean_reward:
+        rewards_chosen = rewards_chosen / lengths[chosen].clamp(min=1)
+        rewards_rejected = rewards_rejected / lengths[rejected].clamp(min=1)
     one = torch.ones_like(lengths[chosen])
     both = lengths[chosen] + lengths[rejected]
     rows = {

@@ -1,17 +1,85 @@
-"""Models by name, as a trainer wants them: dtype, adapters, dropout."""
+"""Models and tokenizers by name, as a trainer wants them: dtype, adapters, dropout."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastpref.config import native_bf16
-from fastpref.heads import causal_lm
+from fastpref.config import PreferenceConfig, native_bf16
+from fastpref.heads import causal_lm, output_embedding
+from fastpref.paths import located
 
 logger = logging.getLogger("fastpref")
+
+
+def options_for(model: Any, given: Any, kind: type[PreferenceConfig]) -> PreferenceConfig:
+    """The options of a run: those given, or the defaults in a folder with the model's name.
+
+    Raises:
+        TypeError: What is given is no config of this package.
+    """
+    if given is None:
+        return kind(output_dir=f"{Path(_name_of(model)).name or 'model'}-preference")
+    if not isinstance(given, PreferenceConfig):
+        found = type(given)
+        raise TypeError(
+            f"args: expected a fastpref.{kind.__name__}, got a {found.__module__}."
+            f"{found.__qualname__}. Write: from fastpref import {kind.__name__}"
+        )
+    return given
+
+
+def _name_of(model: Any) -> str:
+    """The name or path that a model has, or was loaded by; empty if it was made otherwise."""
+    if isinstance(model, str):
+        return model
+    return getattr(getattr(causal_lm(model), "config", None), "_name_or_path", "")
+
+
+def _folder(name: str) -> str:
+    """A model's folder on disk or its id on the hub; ``FileNotFoundError`` if it is neither."""
+    path = located(name)
+    described = ("config.json", "adapter_config.json")
+    if Path(path).exists() and not any(Path(path, file).is_file() for file in described):
+        raise FileNotFoundError(
+            f"{name} is no model: expected a folder with {' or '.join(described)}, as "
+            "save_pretrained writes it"
+        )
+    return path
+
+
+def load_tokenizer(model: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The tokenizer that is kept with a model.
+
+    Args:
+        model: A model, or its name or path.
+        trust_remote_code: Run Python code that ships with it.
+        **options: More arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: Where the model comes from is not known, or there is no tokenizer.
+        FileNotFoundError: The model's path is not there.
+    """
+    from transformers import AutoTokenizer
+
+    name = _name_of(model)
+    if not name:
+        raise ValueError(
+            f"processing_class: this {type(causal_lm(model)).__name__} was not loaded by name, so "
+            "its tokenizer is not known: pass processing_class=tokenizer"
+        )
+    path = _folder(name)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"processing_class: no tokenizer could be loaded from {name}: pass "
+            f"processing_class=tokenizer, or save one there ({error})"
+        ) from error
 
 
 def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) -> Any:
@@ -25,8 +93,11 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
         **options: More arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: ``quantization_config`` is given twice.
+        ValueError: ``quantization_config`` is given twice, there is no such dtype, or the weights
+            are damaged, or pickled.
+        FileNotFoundError: The path is not there, or holds no model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     given = dict(args.model_init_kwargs or {})
@@ -36,10 +107,27 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
         )
     dtype = given.get("dtype", torch.bfloat16 if frozen and native_bf16() else torch.float32)
     if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16, float16 or auto")
         dtype = getattr(torch, dtype)
     defaults = {"trust_remote_code": args.trust_remote_code, "use_safetensors": True}
     kwargs = {**defaults, **{k: v for k, v in options.items() if v is not None}, **given}
-    return AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "dtype": dtype})
+    path = _folder(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "dtype": dtype})
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: a file of weights is damaged, or was cut short ({error}): copy or download "
+            "it again"
+        ) from error
+    except OSError as error:
+        if not any(Path(path).glob("pytorch_model*.bin")) or not kwargs["use_safetensors"]:
+            raise
+        raise ValueError(
+            f"{name}: the weights are a pickle (pytorch_model.bin), which can run code when it is "
+            "read. Save them as safetensors, or, if you trust them, set model_init_kwargs="
+            "{'use_safetensors': False}"
+        ) from error
 
 
 def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config: Any) -> Any:
@@ -53,7 +141,7 @@ def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config:
 
     Raises:
         ValueError: nothing of the model trains, or it is loaded and to be quantised.
-        TypeError: ``peft_config`` is no PEFT config.
+        TypeError: ``peft_config`` is no PEFT config, or the model has no output head.
     """
     if isinstance(model, str):
         frozen = peft_config is not None
@@ -64,6 +152,7 @@ def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config:
         )
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs has no effect: the model is loaded already")
+    output_embedding(model)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     if not any(p.requires_grad for p in model.parameters()):
@@ -112,6 +201,11 @@ def adjust(model: nn.Module, args: Any) -> None:
     if args.torch_compile:
         backbone = causal_lm(model).base_model
         backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def vocab_size(model: Any) -> int | None:
+    """Number of tokens that a model has; None if its config does not say."""
+    return getattr(causal_lm(model).config.get_text_config(), "vocab_size", None)
 
 
 def balancing_weight(model: Any, given: float | None) -> float:

@@ -6,7 +6,7 @@ This file knows configs, batches and losses; not models, trainers or devices.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,15 +14,21 @@ import torch
 from torch import Tensor
 
 from fastpref import contrast, losses
-from fastpref.batches import RESPONSES
-from fastpref.losses import Packed, PairLogps, UnpairedLogps
+from fastpref.batches import count
+from fastpref.losses import GroupLogps, Packed, PairLogps, UnpairedLogps
 from fastpref.losses.batch import BATCHES
 from fastpref.losses.combine import Combined
 from fastpref.ops import segment_sum
 from fastpref.policy import Batch, ResponseLogps
 
-REF_COLUMNS = {"pair": ("ref_chosen_logps", "ref_rejected_logps"), "unpaired": ("ref_logps",)}
+REF_COLUMNS = {
+    "pair": ("ref_chosen_logps", "ref_rejected_logps"),
+    "unpaired": ("ref_logps",),
+    "group": ("ref_logps",),
+}
 """Columns that stand in for a reference, with sums."""
+SIDES, EXTRAS = ("chosen", "rejected"), ("third", "corrupted")
+"""A pair's responses, and further ones some losses want."""
 FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched", "prompt"})
 """Needs that the policy's own forward meets."""
 FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens", *contrast.NEEDS})
@@ -34,14 +40,19 @@ FROM_COLUMNS: dict[str, dict[str, dict[str, str]]] = {
         "prior": {name: name for name in ("prior_chosen", "prior_rejected")},
         "aux": {name: name for name in ("chosen_aux", "rejected_aux", "values")},
         "third": {"third": "third_ids"},
+        "corrupted": {"corrupted": "corrupted_ids"},
     },
     "unpaired": {
         "scores": {"scores": "score"},
         "values": {"values": "values"},
         "aux": {"aux": "aux", "values": "values"},
     },
+    "group": {"scores": {"scores": "scores"}},
 }
-"""Needs that dataset columns meet: the field of each column, by kind and need."""
+"""Needs that dataset columns meet: the column of each field, by kind and need."""
+
+
+Examples = PairLogps | UnpairedLogps | GroupLogps
 
 
 def make_losses(args: Any) -> Combined:
@@ -72,13 +83,7 @@ def make_losses(args: Any) -> Combined:
             )
         for name in takers:
             by_name[name].setdefault(keyword, value)
-    combined = losses.combine(names, args.loss_weights, {**by_name, **own}, args.beta)
-    if combined.kind not in RESPONSES:
-        raise ValueError(
-            f"loss_type: {combined.names[0]!r} takes groups of responses, the trainer has pairs or "
-            "single responses"
-        )
-    return combined
+    return losses.combine(names, args.loss_weights, {**by_name, **own}, args.beta)
 
 
 def check_needs(
@@ -104,12 +109,8 @@ def check_needs(
         fields = ", ".join(BATCHES[combined.kind].fields[word])
         if missing:
             end = f" The dataset has no column {missing[0]!r}."
-        elif word in FROM_REFERENCE:
-            end = " The reference is not run with the policy." if enough else " The run has none."
         else:
-            end = (
-                " The trainer does not compute that yet; the loss can be called from your own loop."
-            )
+            end = " The reference is not run with the policy." if enough else " The run has none."
         raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}.{end}")
 
 
@@ -123,7 +124,7 @@ def make_examples(
     policy: ResponseLogps,
     reference: Tensor | None,
     ld_alpha: float | None = None,
-) -> PairLogps | UnpairedLogps:
+) -> Examples:
     """A batch as the losses take it: sums per response, and what else they need.
 
     Args:
@@ -142,6 +143,8 @@ def make_examples(
     ref = None if reference is None else _sums(reference, batch, weights)
     if combined.kind == "unpaired":
         given = _unpaired(batch, sums, ref)
+    elif combined.kind == "group":
+        given = _groups(batch, sums, ref)
     else:
         given = _pairs(batch, sums, ref)
         if "tokens" in combined.needs:
@@ -156,16 +159,16 @@ def make_examples(
         for name, values in (policy.extra or {}).items():
             total = _sums(values, batch, weights)
             given |= {
-                f"{side}_{name}": total[i]
-                for side, i in zip(RESPONSES["pair"], batch["pairs"].T, strict=False)
+                f"{side}_{name}": total[i] for side, i in zip(SIDES, batch["pairs"].T, strict=True)
             }
-    for word, columns in FROM_COLUMNS[combined.kind].items():
-        if word in combined.needs and word != "third":
-            # (B, K), a list for each example, becomes (K, B).
-            values = {field: batch[column] for field, column in columns.items()}
-            given |= {field: v.mT if v.dim() > 1 else v for field, v in values.items()}
+    for word in combined.needs & FROM_COLUMNS[combined.kind].keys():
+        for field, column in FROM_COLUMNS[combined.kind][word].items():
+            if column in batch:  # else token ids, which the policy scored
+                # (B, K), K numbers for each example, become (K, B); a group's are its responses'.
+                several = batch[column].dim() > 1 and combined.kind != "group"
+                given[field] = batch[column].mT if several else batch[column]
     kind: Any = BATCHES[combined.kind]
-    examples: PairLogps | UnpairedLogps = kind(**given, weights=batch.get("weight"))
+    examples: Examples = kind(**given, weights=batch.get("weight"))
     return examples
 
 
@@ -180,17 +183,28 @@ def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
     if ref is not None:
         given |= {"ref_chosen": ref[..., chosen], "ref_rejected": ref[..., rejected]}
     elif REF_COLUMNS["pair"][0] in batch:
-        stored = {
-            name: batch[name] for name in (*REF_COLUMNS["pair"], "ref_third_logps") if name in batch
-        }
-        given |= {name.removesuffix("_logps"): value for name, value in stored.items()}
+        names = [f"ref_{name}" for name in (*SIDES, *EXTRAS) if f"ref_{name}_logps" in batch]
+        given |= {name: batch[f"{name}_logps"] for name in names}
     if "prompts" in batch:
         prompts = batch["prompts"]
         given |= {"prompt": sums[prompts], "prompt_lengths": batch["lengths"][prompts]}
+    for name in EXTRAS:
+        if name in batch:
+            given[name] = sums[batch[name]]
+            given |= {} if ref is None else {f"ref_{name}": ref[..., batch[name]]}
     if "third" in batch:
-        third = batch["third"]
-        given |= {"third": sums[third], "third_lengths": batch["lengths"][third]}
-        given |= {} if ref is None else {"ref_third": ref[..., third]}
+        given["third_lengths"] = batch["lengths"][batch["third"]]
+    return given
+
+
+def _groups(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
+    groups = batch["groups"]
+    lengths = batch["lengths"][groups]
+    given = {"logps": sums[groups], "lengths": lengths, "mask": lengths > 0}
+    if ref is not None:
+        given["ref_logps"] = ref[..., groups]
+    elif "ref_logps" in batch:
+        given["ref_logps"] = batch["ref_logps"]
     return given
 
 
@@ -206,7 +220,7 @@ def _unpaired(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
     elif "ref_logps" in batch:
         given["ref_logps"] = batch["ref_logps"]
     if "mismatched" in batch and not len(batch["mismatched"]):
-        # One prompt in the whole batch: no response is mismatched, and KTO's reference point is 0.
+        # No response of the batch is mismatched: KTO's reference point is 0.
         given |= {"kl_logps": sums.new_zeros(1), "ref_kl_logps": sums.new_zeros(1)}
     elif "mismatched" in batch:
         given["kl_logps"] = sums[batch["mismatched"]].detach()
@@ -248,7 +262,7 @@ def _packed(name: str, logps: Tensor, batch: Batch) -> dict[str, Packed]:
     size = batch["pairs"].shape[0]
     bounds = batch["cu_seqlens"].unfold(0, size + 1, size)
     parts = torch.split(logps, batch["response_tokens"], dim=-1)
-    sides = zip(RESPONSES["pair"][:2], parts, bounds, strict=False)
+    sides = zip(SIDES, parts, bounds, strict=False)
     return {name.format(side): Packed(values, cu - cu[0]) for side, values, cu in sides}
 
 
@@ -266,9 +280,37 @@ def likelihood_tokens(batch: Batch) -> Mapping[str, Tensor]:
     return found
 
 
+def window_of(batches: Sequence[Batch], ranks: Any, device: torch.device) -> dict[str, Any]:
+    """Of an accumulation window over all ranks: examples, and likelihood tokens for each.
+
+    Args:
+        batches: The window's, of this rank.
+        ranks: A :class:`fastpref.ranks.Ranks`.
+        device: For the numbers.
+
+    Returns:
+        ``examples``: their number; ``rates``: tokens for each example by the losses' keyword.
+    """
+    found: list[dict[str, Any]] = [
+        {"examples": count(batch), **likelihood_tokens(batch)} for batch in batches
+    ]
+    numbers = [[_on(device, n) for n in counts.values()] for counts in found]
+    totals = torch.stack([torch.stack(row) for row in numbers]).sum(0).double()
+    examples, *tokens = ranks.sum(totals).unbind()
+    rates = zip(list(found[0])[1:], tokens, strict=True)
+    return {"examples": examples, "rates": {name: n / examples for name, n in rates}}
+
+
+def _on(device: torch.device, number: int | Tensor) -> Tensor:
+    """The number on the device, without a copy from the host to wait for."""
+    if isinstance(number, Tensor):
+        return number.to(device)
+    return torch.full((), number, device=device)
+
+
 def weigh(
     combined: Combined,
-    examples: PairLogps | UnpairedLogps,
+    examples: Examples,
     ranks: Any,
     rates: Mapping[str, Any],
     update: bool,

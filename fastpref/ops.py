@@ -69,6 +69,7 @@ def linear_logprobs(
     Raises:
         ValueError: Shapes or devices disagree, or (on CPU) a target or row is out of range. On CUDA
             such a target gives NaN in its row alone; with ``FASTPREF_DEBUG=1`` a device assertion.
+            Under ``torch.compile`` ``rows`` are checked as the graph runs: a ``RuntimeError``.
         TypeError: Wrong dtype. Outside autocast mixed dtypes are an error; under autocast all go to
             its dtype.
         RuntimeError: The backend is missing; or the result is differentiated twice.
@@ -254,7 +255,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
         in ``values``.
 
     Raises:
-        ValueError: ``cu_seqlens`` does not cover ``values`` (checked on CPU).
+        ValueError: ``cu_seqlens`` does not cover ``values`` (checked on CPU; by a compiled graph as
+            it runs: a ``RuntimeError``).
         TypeError: Wrong dtype.
 
     Numerics:
@@ -358,7 +360,8 @@ def preference_margins(
         Margins, chosen log-ratios and rejected log-ratios, each ``(P,)``, dtype of ``logps``.
 
     Raises:
-        ValueError: Shapes disagree, or (on CPU) an index is out of range.
+        ValueError: Shapes disagree, or (on CPU; by a compiled graph as it runs: a
+            ``RuntimeError``) an index is out of range.
         TypeError: Wrong dtype.
 
     Numerics:

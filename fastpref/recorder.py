@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,23 @@ class Progress(ProgressCallback):  # type: ignore[misc]
         bar: Any = self.training_bar
         if bar is not None and shown:
             bar.set_postfix(shown)
+
+
+def claim(directory: str | os.PathLike[str]) -> None:
+    """Make the directory of a run, before anything long is done for it.
+
+    Raises:
+        OSError: it cannot be made, or not be written to.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"nothing can be written to the run's directory {os.fspath(directory)!r}: "
+            f"{error.strerror}. Choose another"
+        ) from error
 
 
 def record(trainer: Trainer, config: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The policy that does not train: adapters switched off, a frozen copy, several, stored, or none.
 
-Every kind answers one question: the log-probability of each response token of a batch. Scores are
-kept as dataset columns by token, so a cache on disk has only to provide the same columns.
+Every kind answers one question: the log-probability of each response token of a batch.
 """
 
 from __future__ import annotations
@@ -10,18 +9,17 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastpref.batches import RESPONSES, TOKEN_COLUMN
 from fastpref.heads import Head, causal_lm, evaluating
 from fastpref.models import load_model
 from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
 from fastpref.policy import Batch, ResponseLogps, response_logps
+from fastpref.reference_cache import identity
 
 logger = logging.getLogger("fastpref")
 
@@ -65,6 +63,15 @@ class Reference:
     def place(self, accelerator: Any) -> None:
         """Move its models to their device, sharded where the policy will be."""
 
+    def identities(self, policy: nn.Module, precision: str) -> list[dict[str, Any]]:
+        """What decides the numbers of each reference: :func:`fastpref.reference_cache.identity`.
+
+        Args:
+            policy: The model that trains, before it has.
+            precision: Of autocast.
+        """
+        return []
+
     @torch.no_grad()
     def _score(self, model: nn.Module, batch: Batch, inspect: Inspect | None) -> ResponseLogps:
         with evaluating(model):
@@ -102,6 +109,28 @@ class Stored(Reference):
         return ResponseLogps(batch["ref_token_logps"]) if "ref_token_logps" in batch else None
 
 
+class Start(Reference):
+    """The policy itself, to score the data with before it trains; no copy is needed for that.
+
+    Args:
+        **options: ``backend`` and ``memory_budget`` of the head.
+    """
+
+    is_start = True
+    count = 1
+    live = True
+
+    def score(
+        self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
+    ) -> ResponseLogps:
+        """One forward of the policy."""
+        return self._score(policy, batch, inspect)
+
+    def identities(self, policy: nn.Module, precision: str) -> list[dict[str, Any]]:
+        """See :meth:`Reference.identities`."""
+        return [identity(policy, precision)]
+
+
 class AdapterOff(Reference):
     """The policy's own weights under its adapters, or under its adapters as they were at the start.
 
@@ -125,6 +154,12 @@ class AdapterOff(Reference):
         """One forward of the policy with the adapters switched."""
         with _adapters(peft_model(policy), self.adapter):
             return self._score(policy, batch, inspect)
+
+    def identities(self, policy: nn.Module, precision: str) -> list[dict[str, Any]]:
+        """See :meth:`Reference.identities`."""
+        model = peft_model(policy)
+        assert model is not None
+        return [identity(model, precision, () if self.adapter is None else (self.adapter,))]
 
 
 class Frozen(Reference):
@@ -173,6 +208,10 @@ class Frozen(Reference):
         else:
             prepare = accelerator.prepare_model
             self.models = [prepare(model, evaluation_mode=True) for model in self.models]
+
+    def identities(self, policy: nn.Module, precision: str) -> list[dict[str, Any]]:
+        """See :meth:`Reference.identities`."""
+        return [identity(model, precision) for model in self.models]
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, share: float) -> None:
@@ -238,73 +277,6 @@ def keep_start_adapter(model: Any) -> str:
     return ADAPTER
 
 
-def score_dataset(
-    reference: Reference,
-    policy: nn.Module,
-    dataset: Any,
-    collator: Callable[[list[Any]], Batch],
-    *,
-    batch_size: int,
-    accelerator: Any,
-    kind: str,
-    description: str,
-) -> Any:
-    """The dataset with the reference's log-probabilities as columns, ``TOKEN_COLUMN`` by name.
-
-    Args:
-        reference: Scores the responses.
-        policy: The model whose adapters it may switch.
-        dataset: A ``datasets.Dataset`` of token ids.
-        collator: As in training.
-        batch_size: Examples at a time on each rank.
-        accelerator: accelerate's; ranks share the work.
-        kind: ``"pair"`` or ``"unpaired"``.
-        description: Caption of the progress bar.
-
-    Returns:
-        A dataset with the same rows and these columns more.
-    """
-    from datasets import Dataset, Features, List, Value, concatenate_datasets
-    from tqdm.auto import tqdm
-
-    responses = [name for name in RESPONSES[kind] if f"{name}_ids" in dataset.column_names]
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    mine = range(rank, len(dataset), ranks)
-    found: list[tuple[int, list[list[float]]]] = []
-    for start in tqdm(
-        range(0, len(mine), batch_size),
-        desc=f"Reference log-probs, {description}",
-        disable=not accelerator.is_local_main_process,
-    ):
-        indices = list(mine[start : start + batch_size])
-        batch = collator([dataset[i] for i in indices])
-        bounds = batch["cu_seqlens"].tolist()
-        moved = {
-            k: v.to(accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()
-        }
-        with accelerator.autocast():
-            scored = reference.score(policy, moved)
-        assert scored is not None
-        logps = scored.logps.float().cpu().view(reference.count, -1)
-        spans = [logps[:, a:b].flatten().tolist() for a, b in pairwise(bounds)]
-        size = len(indices)
-        found += [
-            (index, [spans[r * size + i] for r in range(len(responses))])
-            for i, index in enumerate(indices)
-        ]
-    if ranks > 1:
-        from accelerate.utils import gather_object
-
-        found = gather_object(found)
-    found.sort()
-    columns = {
-        TOKEN_COLUMN.format(name): [spans[r] for _, spans in found]
-        for r, name in enumerate(responses)
-    }
-    features = Features({name: List(Value("float32")) for name in columns})
-    return concatenate_datasets([dataset, Dataset.from_dict(columns, features=features)], axis=1)
-
-
 def choose_reference(
     model: Any, given: Any, args: Any, combined: Any, columns: Collection[str], fresh: bool
 ) -> Reference:
@@ -357,6 +329,8 @@ def choose_reference(
         reference = Stored()
     elif hasattr(model, "peft_config"):
         reference = AdapterOff(None if fresh else keep_start_adapter(model), **options)
+    elif args.precompute_ref_log_probs:
+        reference = Start(**options)
     else:
         reference = frozen_copy(model, **options)
     if args.sync_ref_model and len(reference.models) != 1:

@@ -25,7 +25,9 @@ PACKED_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.0
 def shorten(example: Mapping[str, Any], responses: Sequence[str]) -> dict[str, Any]:
     """The example with the end of its prompt, the beginning of its responses, and no scores."""
     short = {name: value for name, value in example.items() if not name.startswith("ref_")}
-    short["prompt_ids"] = short["prompt_ids"][-PROMPT_TOKENS:]
+    for name in ("prompt_ids", *(f"{name}_prompt_ids" for name in responses)):
+        if name in short:
+            short[name] = short[name][-PROMPT_TOKENS:]
     for name in responses:
         for column in (f"{name}_ids", f"{name}_mask"):
             if column in short:
@@ -55,6 +57,7 @@ def check_policy(
         **options: ``backend`` and ``memory_budget`` of the head.
 
     Raises:
+        FloatingPointError: The model's own numbers are not finite.
         RuntimeError: They differ by more than rounding; the message shows both numbers.
         PackingError: They differ because the model does not follow the mask of packed rows.
     """
@@ -69,11 +72,13 @@ def check_policy(
         fused = response_logps(model, batch, **options).logps
         own = _gather(logits.flatten(0, -2)[batch["response_rows"]], targets)
         one_by_one = [
-            _alone(model, e["prompt_ids"], e[f"{r}_ids"], batch)
+            _alone(model, e.get(f"{r}_prompt_ids", e["prompt_ids"]), e[f"{r}_ids"], batch)
             for r in responses
             for e in examples
         ]
     dtype, words = _dtype(logits), _Words(targets, fused)
+    if not own.isfinite().all():
+        raise FloatingPointError(_not_finite(model, targets, own, dtype))
     allowed = 2e-4 + 2 * _epsilon(logits) * float(logits.abs().max())
     difference = (fused - own).abs()
     if not float(difference.max()) <= allowed:
@@ -85,8 +90,7 @@ def check_policy(
             "forward. Remove it, or train this model with another library; self_check=False only "
             "silences this message."
         )
-    # Mismatched responses, which come last, belong to no example of their own.
-    alone = torch.cat(one_by_one)
+    alone = torch.cat(one_by_one)  # without prompts, which may come last
     difference = (fused[: len(alone)] - alone).abs() * (targets[: len(alone)] >= 0)
     allowed = max(PACKED_TOLERANCE.get(dtype, 0.15), 10 * _epsilon(logits))
     if not float(difference.mean()) <= allowed:
@@ -97,6 +101,30 @@ def check_policy(
             "do not follow an attention mask or position ids (state space, linear attention, "
             "ALiBi). Try attn_implementation='sdpa' or 'eager', or packing=False."
         )
+
+
+def _not_finite(model: nn.Module, targets: Tensor, own: Tensor, dtype: torch.dtype) -> str:
+    """What to say of a model that gives no numbers."""
+    name = type(causal_lm(model)).__name__
+    worst = int((~own.isfinite()).nonzero()[0])
+    found = f"token id {int(targets[worst])} gets the log-probability {float(own[worst])}"
+    bad = [
+        f"{key} ({int((~weight.isfinite()).sum())} of {weight.numel()})"
+        for key, weight in model.named_parameters()
+        if not weight.isfinite().all()
+    ]
+    if bad:
+        more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return (
+            f"self-check: the weights of {name} are not finite before training: there is NaN or "
+            f"inf in {', '.join(bad[:3])}{more}; {found}. The checkpoint is damaged, or its "
+            "training diverged, or it overflowed when it was converted: load another one."
+        )
+    return (
+        f"self-check: all weights of {name} are finite, but in {dtype} its log-probabilities are "
+        f"not: {found}. Something overflows on the way, or the model rules this token out: try "
+        "float32 or bfloat16, and check that the tokenizer is the model's."
+    )
 
 
 class _Words:
@@ -142,17 +170,34 @@ def _epsilon(logits: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_reference(model: nn.Module, reference: Reference, batch: Batch, **options: Any) -> None:
-    """Compare policy and reference where they should be one: before the first step.
+def check_reference(
+    model: nn.Module, reference: Reference, batch: Batch, *, start: bool, **options: Any
+) -> None:
+    """Look at the reference's numbers, and compare them with the policy's where they should be one.
+
+    Args:
+        model: As wrapped for training.
+        reference: One that is run beside the policy.
+        batch: A few short examples.
+        start: The reference is the policy as it is now: before the first step.
+        **options: ``backend`` and ``memory_budget`` of the head.
 
     Raises:
-        RuntimeError: They differ; the message shows both numbers.
+        FloatingPointError: The reference's numbers are not finite.
+        RuntimeError: They differ from the policy's; the message shows both numbers.
     """
-    with evaluating(model):
-        policy = response_logps(model, batch, **options).logps
     scored = reference.score(model, batch)
     assert scored is not None
     other = scored.logps
+    if not other.isfinite().all():
+        raise FloatingPointError(
+            "self-check: the reference gives log-probabilities that are not finite: its weights "
+            "are broken, or its precision is too low. Load another ref_model."
+        )
+    if not start:
+        return
+    with evaluating(model):
+        policy = response_logps(model, batch, **options).logps
     difference = (policy - other).abs()
     low = causal_lm(model).dtype in (torch.bfloat16, torch.float16)
     low = low or torch.is_autocast_enabled(policy.device.type)

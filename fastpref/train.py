@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,13 @@ import yaml
 from transformers import HfArgumentParser
 
 from fastpref.cli import command
-from fastpref.config import PreferenceConfig, translate
-from fastpref.recorder import draw_run, record, resolved
+from fastpref.config import PreferenceConfig
+from fastpref.keys import translate
+from fastpref.recorder import claim, draw_run, record, resolved
 
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "loss": "loss_type"}
+
+logger = logging.getLogger("fastpref")
 
 USAGE = "fastpref train --model MODEL --dataset DATA [--loss dpo] [--config run.yaml] [options]"
 
@@ -80,6 +84,7 @@ class _Parser(HfArgumentParser):  # type: ignore[misc]
         self.add_argument("--config", help="YAML file of options")
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``ValueError``."""
         raise ValueError(message)
 
 
@@ -153,16 +158,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> None:
-    """Train as the options say; model, checkpoints, metrics and curves go to ``output_dir``.
+def make_trainer(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> Any:
+    """The trainer that the options describe, ready to train.
 
     Raises:
         FileNotFoundError: model or dataset is a path that is not there.
         ValueError: the data cannot be trained on.
     """
-    from transformers import AutoTokenizer
-
     from fastpref.data.load import load_preference_dataset
+    from fastpref.models import load_tokenizer
     from fastpref.trainer import PreferenceTrainer
 
     assert data.dataset_name is not None
@@ -176,23 +180,41 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
             streaming=data.dataset_streaming,
         )
 
-    options = resolved(data, model, config)
-    options.pop("resume_from_checkpoint", None)
+    evaluates = config.eval_strategy != "no"
+    if evaluates and Path(data.dataset_name).is_file() and "[" not in data.dataset_test_split:
+        logger.warning(
+            "a single file is every split: the rows that are trained on are evaluated on too. Set "
+            "some apart by --dataset_train_split 'train[100:]' --dataset_test_split 'train[:100]'"
+        )
     given: Any = config.model_init_kwargs or {}
     config.model_init_kwargs = _model_init_kwargs(model) | given
-    trainer = PreferenceTrainer(
+    return PreferenceTrainer(
         model.model_name_or_path,
         ref_model=model.ref_model_name_or_path,
         args=config,
         train_dataset=load(data.dataset_train_split),
-        eval_dataset=load(data.dataset_test_split) if config.eval_strategy != "no" else None,
-        processing_class=AutoTokenizer.from_pretrained(
+        eval_dataset=load(data.dataset_test_split) if evaluates else None,
+        processing_class=load_tokenizer(
             model.model_name_or_path,
             revision=model.model_revision,
             trust_remote_code=config.trust_remote_code,
         ),
         peft_config=_lora(model),
     )
+
+
+def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> None:
+    """Train as the options say; model, checkpoints, metrics and curves go to ``output_dir``.
+
+    Raises:
+        FileNotFoundError: model or dataset is a path that is not there.
+        OSError: ``output_dir`` cannot be written to.
+        ValueError: the data cannot be trained on.
+    """
+    claim(config.output_dir or "")
+    options = resolved(data, model, config)
+    options.pop("resume_from_checkpoint", None)
+    trainer = make_trainer(data, model, config)
     record(trainer, options)
     try:
         trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
@@ -206,7 +228,10 @@ def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) 
         ) from None
     finally:
         output = Path(config.output_dir or "")
-        draw_run(output)
+        try:
+            draw_run(output)
+        except OSError as error:  # must not take the place of what ended the run
+            logger.warning("curves.png was not drawn: %s", error)
     trainer.save_model()
     made = [p for p in ("metrics.jsonl", "config.yaml", "curves.png") if Path(output, p).exists()]
     print(f"the model and {', '.join(made)} are in {config.output_dir}")

@@ -10,43 +10,55 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastpref.batches import (
-    RESPONSES,
     TOKEN_COLUMN,
+    Corrupt,
     TrainerCollator,
     columns_of,
     count,
     each,
+    extend_dataset,
     likelihood_rates,
     make_collator,
     prepare_dataset,
 )
 from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
 from fastpref.contrast import NEEDS, against
-from fastpref.heads import Head, causal_lm
+from fastpref.data.formats import RESPONSES
+from fastpref.heads import Head
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, example_rows
-from fastpref.models import adjust, balancing_weight, prepare_policy
+from fastpref.models import (
+    adjust,
+    balancing_weight,
+    load_tokenizer,
+    options_for,
+    prepare_policy,
+    vocab_size,
+)
 from fastpref.objective import (
     REF_COLUMNS,
     check_needs,
-    likelihood_tokens,
     make_examples,
     make_losses,
     weigh,
+    window_of,
 )
 from fastpref.policy import Batch, response_logps
 from fastpref.ranks import Ranks
-from fastpref.reference_policy import AdapterOff, Frozen, Stored, choose_reference, score_dataset
+from fastpref.reference_cache import ReferenceCache
+from fastpref.reference_policy import AdapterOff, Stored, choose_reference
 from fastpref.resumable import ResumableTrainer
+from fastpref.scoring import caches_of, score_dataset
 
 logger = logging.getLogger("fastpref")
 
@@ -73,6 +85,8 @@ class PreferenceTrainer(ResumableTrainer):
         optimizers: Optimiser and schedule; None: from ``args``.
         quantization_config: For a model given by name.
         peft_config: Train a fresh adapter.
+        corrupt_context: For losses that score the chosen response in a corrupted context too
+            (mdpo): gives, for a prompt's token ids, those of that context; called before training.
 
     Raises:
         ValueError: Options contradict each other, or the data lacks what the loss needs.
@@ -98,26 +112,22 @@ class PreferenceTrainer(ResumableTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        corrupt_context: Corrupt | None = None,
     ) -> None:
         """See the class."""
-        if args is None:
-            name = model if isinstance(model, str) else causal_lm(model).config._name_or_path
-            args = self.config_class(output_dir=f"{Path(name).name or 'model'}-preference")
-        if not isinstance(args, PreferenceConfig):
-            raise TypeError(
-                f"args: expected a {self.config_class.__name__}, got {type(args).__name__}"
-            )
+        args = options_for(model, args, self.config_class)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is required (or an eval_dataset, to evaluate only)")
         self.combined = make_losses(args)
+        self._extend = partial(
+            extend_dataset, needs=self.combined.needs, args=args, corrupt=corrupt_context
+        )
         if args.beta is not None:
             self.combined.beta = args.beta
         set_seed(args.seed)  # a fresh adapter's weights are drawn in the next line
         model = prepare_policy(model, args, quantization_config, peft_config)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                causal_lm(model).config._name_or_path, trust_remote_code=args.trust_remote_code
-            )
+            processing_class = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         columns = columns_of(train_dataset, eval_dataset)
         fresh = peft_config is not None
         self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
@@ -126,6 +136,7 @@ class PreferenceTrainer(ResumableTrainer):
         args.remove_unused_columns = False  # of ours, the collator knows which it wants
         args.accelerator_config.dispatch_batches = False  # batches differ in shape
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._vocab_size = vocab_size(model)
         self.args = args
         train_dataset = each(self._prepared, train_dataset, "train")
         eval_dataset = each(self._prepared, eval_dataset, "eval")
@@ -159,6 +170,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.meter, self.eval_meter = Meter(), Meter()
         self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         self._scorer: Any = None
+        self.caches: list[ReferenceCache] = []
         self.loop = Loop(self)
         self.add_callback(self.loop)
         if self.combined.coupled:
@@ -173,8 +185,10 @@ class PreferenceTrainer(ResumableTrainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset as token ids, with all that the losses need."""
-        kind = self.combined.kind
-        dataset = prepare_dataset(dataset, self._tokenizer, self.args, kind, name)
+        dataset = prepare_dataset(
+            *(dataset, self._tokenizer, self.args, self.combined.kind, name),
+            *(self._extend, self._vocab_size),
+        )
         live = self.reference.live and not self.args.precompute_ref_log_probs
         check_needs(self.combined, columns_of(dataset), self.reference.count, live)
         return dataset
@@ -182,10 +196,13 @@ class PreferenceTrainer(ResumableTrainer):
     def _settle_reference(self) -> None:
         """Move the reference's models to their device; score the data with it, if asked to."""
         reference = self.reference
+        ahead = self.args.precompute_ref_log_probs and reference.live
+        if ahead:
+            self.caches = caches_of(reference, self.model, self.args, self.accelerator)
         reference.place(self.accelerator)
         if not self.args.packing:
             self.data_collator.unpack()
-        if self.args.precompute_ref_log_probs and isinstance(reference, (AdapterOff, Frozen)):
+        if ahead:
             self._check_once(self.train_dataset)
             self._scorer = reference
             self.train_dataset = each(self._scored, self.train_dataset, "train")
@@ -211,22 +228,14 @@ class PreferenceTrainer(ResumableTrainer):
             accelerator=self.accelerator,
             kind=self.combined.kind,
             description=name,
+            caches=self.caches,
         )
 
     # Losses
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
-        """Of an accumulation window over all ranks: examples, and likelihood tokens for each."""
-        if not batch_samples:
-            return None
-        found: list[dict[str, Any]] = [
-            {"examples": count(batch), **likelihood_tokens(batch)} for batch in batch_samples
-        ]
-        numbers = [[_on(device, n) for n in counts.values()] for counts in found]
-        totals = torch.stack([torch.stack(row) for row in numbers]).sum(0).double()
-        examples, *tokens = self.ranks.sum(totals).unbind()
-        rates = zip(list(found[0])[1:], tokens, strict=True)
-        return {"examples": examples, "rates": {name: n / examples for name, n in rates}}
+        """See :func:`fastpref.objective.window_of`."""
+        return window_of(batch_samples, self.ranks, device) if batch_samples else None
 
     def _losses(
         self, model: nn.Module, batch: Batch, rates: Mapping[str, Any], update: bool
@@ -245,7 +254,7 @@ class PreferenceTrainer(ResumableTrainer):
         reference = None if scored is None else scored.logps
         examples = make_examples(self.combined, batch, policy, reference, self.args.ld_alpha)
         losses, metrics = weigh(self.combined, examples, self.ranks, rates, update)
-        metrics |= example_rows(examples, batch, policy, reference, self.combined.beta)
+        metrics |= example_rows(examples, batch, policy, reference, self.combined)
         if policy.aux_loss is not None:
             losses = losses + self.aux_weight * policy.aux_loss
             aux = policy.aux_loss.detach().expand(losses.shape)
@@ -364,13 +373,6 @@ class PreferenceTrainer(ResumableTrainer):
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})
-
-
-def _on(device: torch.device, number: int | Tensor) -> Tensor:
-    """The number on the device, without a copy from the host to wait for."""
-    if isinstance(number, Tensor):
-        return number.to(device)
-    return torch.full((), number, device=device)
 
 
 class DPOTrainer(PreferenceTrainer):

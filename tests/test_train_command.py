@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from fastpref import cli
+from fastpref import bench, cli
 from fastpref.demo import tiny_model, tiny_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,97 @@ def test_mistakes_are_named(model, pairs, tmp_path, capsys, more, said):
     assert "Traceback" not in err
 
 
+def spoil(model: Path, folder: Path, how: str) -> Path:
+    """A copy of the model with something wrong."""
+    copy = Path(shutil.copytree(model, folder / how))
+    weights = copy / "model.safetensors"
+    if how == "cut short":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "pickled":
+        weights.rename(copy / "pytorch_model.bin")
+    elif how == "no model":
+        (copy / "config.json").unlink()
+    elif how == "no tokenizer":
+        for path in copy.glob("tokenizer*"):
+            path.unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("cut short", r"/cut short: a file of weights is damaged, or was cut short .*download"),
+        ("pickled", r"/pickled: the weights are a pickle .*'use_safetensors': False"),
+        ("no model", r"/no model is no model: expected a folder with config\.json"),
+        ("no tokenizer", r"no tokenizer could be loaded from .*/no tokenizer"),
+    ],
+)
+def test_a_spoilt_model_is_named(model, pairs, tmp_path, capsys, how, said):
+    assert cli.main(flags(spoil(model, tmp_path, how), pairs, tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert re.search(f"fastpref train: error: .*{said}", err), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--dtype", "float99"], "dtype='float99': expected float32, bfloat16"),
+        (["--loss_args", "tau=1"], "loss_args='tau=1': expected a JSON object in braces"),
+        (["--num_train_epochs", "-1", "--max_steps", "-1"], "train nothing: make one of them"),
+        (["--output_dir", "{file}"], "nothing can be written to the run's directory '{file}'"),
+        (["--output_dir", "{file}/run"], "written to the run's directory '{file}/run': Not a dir"),
+        (["--backend", "cuda"], "backend='cuda' is not available"),
+        (["--gradient_accumulation_steps", "0"], "accumulation_steps must be at least 1, got 0"),
+        (["--max_tokens_per_batch", "0"], "max_tokens_per_batch must be at least 1, got 0"),
+        (["--max_bad_rows", "-1"], "max_bad_rows must be at least 0, got -1"),
+        (["--dataset_config", "main"], "{file} is on disk and has no configurations"),
+    ],
+)
+def test_wrong_options_are_named(model, pairs, tmp_path, capsys, more, said):
+    file = str(pairs)
+    more = [argument.format(file=file) for argument in more]
+    assert cli.main(flags(model, pairs, tmp_path / "run", *more)) == 2
+    err = capsys.readouterr().err
+    assert f"{said.format(file=file)}" in err[err.index("fastpref train: error:") :]
+    assert "Traceback" not in err
+
+
+def test_evaluating_on_the_training_rows_is_said(model, pairs, tmp_path, caplog):
+    evaluate = ["--eval_strategy", "steps", "--eval_steps", "4", "--max_steps", "1"]
+    for split, said in ((["--dataset_test_split", "train[:4]"], False), ([], True)):
+        assert cli.main(flags(model, pairs, tmp_path / "run", *evaluate, *split)) == 0
+        assert ("a single file is every split" in caplog.text) == said
+
+
+def test_labelled_responses_ask_for_a_loss_of_their_own(model, tmp_path, capsys):
+    rows = tmp_path / "labelled.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "completion": "c", "label": True}))
+    assert cli.main(flags(model, rows, tmp_path / "run")) == 2
+    assert "choose a loss for those, such as kto" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_a_disk_that_fills_up_leaves_what_was_saved(model, pairs, tmp_path, capsys):
+    """A limit on the size of a file stands in for it: the weights fit, the optimiser does not."""
+    import resource
+
+    output = tmp_path / "run"
+    assert cli.main(flags(model, pairs, output, "--save_steps", "2", "--max_steps", "2")) == 0
+    before = (output / "checkpoint-2" / "optimizer.pt").read_bytes()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+    try:
+        more = ["--save_steps", "2", "--resume_from_checkpoint", "true"]
+        assert cli.main(flags(model, pairs, output, *more)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "error: checkpoint-4 could not be saved in" in capsys.readouterr().err
+    assert (output / "checkpoint-2" / "optimizer.pt").read_bytes() == before
+    assert cli.main(flags(model, pairs, output, "--resume_from_checkpoint", "true")) == 0
+    assert len(losses_of(output)) == 4
+
+
 def test_an_interrupted_run_says_how_it_goes_on_and_does(model, pairs, tmp_path):
     output = tmp_path / "run"
     command = [
@@ -145,7 +238,11 @@ def test_the_demo_runs_offline_and_reports_both_rows(tmp_path, capsys):
     assert after["low"] > 0  # the made-up preference is easy
     assert summary["after"]["rewards/accuracies"]["mean"] > 0.9
     assert summary["loss"]["first"] == pytest.approx(0.693147, abs=1e-6)
-    assert f"backend {summary['backend']}" in out
+    assert f"ran on          {summary['device']}, backend {summary['backend']}" in out
+    assert summary["command"] == f"fastpref demo --tiny --steps 5 --cpu --run-dir '{run}'"
+    assert {"device", "measured", "versions", "commit", "command"} <= set(bench.FIELDS)
+    assert {"device", "measured", "versions", "commit", "command"} <= set(summary)
+    assert summary["versions"]["torch"] == torch.__version__
     assert "fastpref train --model" in out
     assert {"curves.png", "metrics.jsonl", "config.yaml"} <= {path.name for path in run.iterdir()}
 

@@ -12,20 +12,21 @@ cu_seqlens          (S + 1,) int32 into the two above
 lengths             (S,) int64, response tokens that count
 example_ids         (B,) int64, if the dataset has them
 numeric columns     (B,) float32, or (B, K) where the dataset holds lists of K, under their names
-*pairs*             S = 2B, all chosen, then all rejected (then B ``third`` where given)
+*pairs*             S = 2B, all chosen, then all rejected (then B ``third``, B ``corrupted`` where
+                    given)
 pairs               (B, 2) int64: sequence of the chosen, of the rejected response
-third               (B,) int64: sequence of the third response
-*unpaired*          S = B + M, the completions, then M mismatched ones
+third, corrupted    (B,) int64: sequence of that response
+*groups*            S = B K, all first responses, then all second ones, ...
+groups              (B, K) int64: sequence of each response; one that is absent has length 0
+*unpaired*          S = B, the completions (then B ``mismatched`` where given)
 label               (B,) bool, true = desirable
 mismatched          (M,) int64: sequences that hold a response to another example's prompt, whose
-                    log-probs estimate KTO's reference point; absent with ``mismatched=None``
+                    log-probs estimate KTO's reference point; where there is none it has length 0
+                    and does not count
 ==================  ==========================================================================
 
-Mismatched responses are branches of the same documents: with prefix sharing they cost a response
-each, not a prompt. ``"previous"`` gives prompt i the response of example i - 1, the first that of
-the last, as TRL does; ``"next"`` that of i + 1, as HALOs does. An example with the same prompt is
-passed over, for the next in the same direction: its response would not be mismatched. Where every
-prompt of the batch is the same (a batch of one, say) M is 0.
+A further response is a branch of the same document: with prefix sharing it costs a response, not a
+prompt. One that has a prompt of its own, in a column ``corrupted_prompt_ids``, is a document.
 
 No tensor has to be read back from a device to use the batch.
 """
@@ -34,13 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import NUMERIC_COLUMNS, RESPONSES, Kind
+from .formats import NUMERIC_COLUMNS, RESPONSES, Kind, response_names
 from .masks import dense_mask
 from .packing import Document, pack
 from .tokenize import token_counts
@@ -55,14 +56,13 @@ class PreferenceCollator:
 
     Attributes:
         pad_token_id: Token at the end of short rows; nothing attends it, so any id will do.
-        kind: ``"pair"`` or ``"unpaired"``.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         prefix_sharing: Lay a prompt out once for all its responses. Needs attention that takes an
             arbitrary mask in every layer.
         row_tokens: Most tokens of a row; None = ``packing.row_capacity`` decides.
         dense_mask: Ship ``attention_mask``. Without it the model side builds its mask, dense or
             block, from ``document_ids`` and ``branch_ids`` on its own device.
         pad_to_multiple_of: Round rows' length up to a multiple of this.
-        mismatched: For unpaired data: ``"previous"``, ``"next"`` or None; see the module's text.
         extra_columns: Numeric columns to pass on beyond ``formats.NUMERIC_COLUMNS``.
     """
 
@@ -72,19 +72,12 @@ class PreferenceCollator:
     row_tokens: int | None = None
     dense_mask: bool = True
     pad_to_multiple_of: int = 1
-    mismatched: Literal["previous", "next"] | None = None
     extra_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an option out of range."""
         if self.kind not in RESPONSES:
-            raise ValueError(f"kind must be 'pair' or 'unpaired', got {self.kind!r}")
-        if self.mismatched not in ("previous", "next", None):
-            raise ValueError(
-                f"mismatched must be 'previous', 'next' or None, got {self.mismatched!r}"
-            )
-        if self.mismatched and self.kind == "pair":
-            raise ValueError("mismatched responses are for kind='unpaired'")
+            raise ValueError(f"kind must be 'pair', 'unpaired' or 'group', got {self.kind!r}")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch of ``examples``: see the table in the module's text.
@@ -103,9 +96,7 @@ class PreferenceCollator:
         if not examples:
             raise ValueError("cannot collate an empty batch")
         columns = examples[0]
-        names: list[str] = list(RESPONSES[self.kind])
-        if self.kind == "pair" and "third_ids" in columns:
-            names.append("third")
+        names = response_names(columns, self.kind)
         needed = ["prompt_ids", *(name + "_ids" for name in names)]
         needed += ["label"] if self.kind == "unpaired" else []
         if missing := [name for name in needed if name not in columns]:
@@ -113,10 +104,18 @@ class PreferenceCollator:
                 f"examples lack {missing}, they have {list(columns)}. Tokenise the dataset with "
                 "tokenize_dataset; in a transformers.Trainer, set remove_unused_columns=False"
             )
-        documents = [_document(example, names) for example in examples]
-        mismatches = _mismatches(documents, self.mismatched)
+        # A response with a prompt of its own is a document of its own.
+        own = [name for name in names if name + "_prompt_ids" in columns]
+        shared = [name for name in names if name not in own]
         packed = pack(
-            [_with_branch(document, mismatches.get(i)) for i, document in enumerate(documents)],
+            [
+                *(_document(example, shared) for example in examples),
+                *(
+                    _document(example, [name], names.index(name), name + "_prompt_ids")
+                    for name in own
+                    for example in examples
+                ),
+            ],
             row_tokens=self.row_tokens,
             prefix_sharing=self.prefix_sharing,
             dense_mask=self.dense_mask,
@@ -130,12 +129,13 @@ class PreferenceCollator:
         sequences = torch.arange(len(names) * size).view(len(names), size)
         if self.kind == "pair":
             batch["pairs"] = sequences[:2].T.contiguous()
-            if "third" in names:
-                batch["third"] = sequences[2]
+            batch |= dict(zip(names[2:], sequences[2:], strict=True))
+        elif self.kind == "group":
+            batch["groups"] = sequences.T.contiguous()
         else:
             batch["label"] = torch.tensor([bool(example["label"]) for example in examples])
-            if self.mismatched:
-                batch["mismatched"] = torch.arange(size, size + len(mismatches))
+            if "mismatched" in names:
+                batch["mismatched"] = sequences[1][packed.lengths[size:] > 0]
         for name in (*NUMERIC_COLUMNS[self.kind], *self.extra_columns):
             if name in columns:
                 batch[name] = _numbers(name, examples)
@@ -157,44 +157,23 @@ def lengths(dataset: Dataset, *, prefix_sharing: bool = True) -> list[int]:
     Returns:
         One number per row.
     """
-    responses = ("chosen_ids", "rejected_ids", "third_ids", "completion_ids")
-    columns = [name for name in responses if name in dataset.column_names]
-    counts = token_counts(dataset, ["prompt_ids", *columns])
-    prompts = counts.pop("prompt_ids") * (1 if prefix_sharing else len(columns))
+    kind = next(k for k, names in RESPONSES.items() if names[0] + "_ids" in dataset.column_names)
+    columns = [name + "_ids" for name in response_names(dataset.column_names, kind)]
+    own = [n for n in dataset.column_names if n.endswith("_prompt_ids")]
+    counts = token_counts(dataset, ["prompt_ids", *columns, *own])
+    prompts = counts.pop("prompt_ids") * (1 if prefix_sharing else len(columns) - len(own))
     return [int(n) for n in prompts + sum(counts.values())]
 
 
-def _document(example: Mapping[str, Any], names: Sequence[str]) -> Document:
+def _document(
+    example: Mapping[str, Any], names: Sequence[str], first: int = 0, prompt: str = "prompt_ids"
+) -> Document:
     return Document(
-        prompt=example["prompt_ids"],
+        prompt=example[prompt],
         responses=[example[name + "_ids"] for name in names],
         masks=[example.get(name + "_mask") for name in names],
+        first=first,
     )
-
-
-def _with_branch(document: Document, other: Document | None) -> Document:
-    """The document with the response of another one as one more branch."""
-    if other is None:
-        return document
-    return Document(
-        document.prompt,
-        [*document.responses, *other.responses],
-        [*(document.masks or []), *(other.masks or [])],
-    )
-
-
-def _mismatches(documents: Sequence[Document], direction: str | None) -> dict[int, Document]:
-    """For each document, the nearest one in the given direction that has another prompt."""
-    if direction is None:
-        return {}
-    size, step = len(documents), 1 if direction == "next" else -1
-    found: dict[int, Document] = {}
-    for i, document in enumerate(documents):
-        others = (documents[(i + step * shift) % size] for shift in range(1, size))
-        other = next((o for o in others if list(o.prompt) != list(document.prompt)), None)
-        if other is not None:
-            found[i] = other
-    return found
 
 
 def _numbers(name: str, examples: Sequence[Mapping[str, Any]]) -> Tensor:

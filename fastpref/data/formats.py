@@ -6,8 +6,10 @@ Accepted, as in TRL 1.16 (``prompt`` and responses are strings, or lists of ``{r
 paired    ``chosen``, ``rejected`` and ``prompt``; without ``prompt``, both carry the whole
           dialogue and their common prefix is the prompt
 unpaired  ``prompt``, ``completion``, ``label`` (true = desirable)
-tokens    ``prompt_ids`` with ``chosen_ids``, ``rejected_ids``, or ``completion_ids``, ``label``;
-          optionally 0/1 masks ``chosen_mask``, ``rejected_mask``, ``completion_mask``
+group     ``prompt``, ``completions`` (a list, two or more) and ``scores`` (a list, as long)
+tokens    ``prompt_ids`` with ``chosen_ids``, ``rejected_ids``, or ``completion_ids``, ``label``,
+          or ``completion_1_ids``, ``completion_2_ids``, ... (empty where a group has fewer);
+          optionally 0/1 masks ``chosen_mask``, ``rejected_mask``, ``completion_mask``, ...
 ========  ==============================================================================
 
 Beside them: ``third`` (or TRL's name ``reference``), one more response for losses that take it;
@@ -19,19 +21,30 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .report import BadRow, Issue
 
-Kind = Literal["pair", "unpaired"]
+Kind = Literal["pair", "unpaired", "group"]
 Messages = list[dict[str, Any]]
 
-RESPONSES: dict[Kind, tuple[str, ...]] = {
+RESPONSES: dict[str, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"),
     "unpaired": ("completion",),
+    "group": ("completion_1", "completion_2"),
 }
+"""The responses that a row of each kind has at least."""
+EXTRA_RESPONSES: dict[str, str] = {
+    "pair": "third|corrupted",
+    "unpaired": "mismatched",
+    "group": r"completion_[1-9]\d*",
+}
+"""Pattern of the names of further responses."""
+MADE = ("corrupted", "mismatched")
+"""Responses that no dataset brings: the trainer makes them of the others' tokens."""
 NUMERIC_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "pair": (
         "weight",
@@ -40,6 +53,7 @@ NUMERIC_COLUMNS: dict[Kind, tuple[str, ...]] = {
         "ref_chosen_logps",
         "ref_rejected_logps",
         "ref_third_logps",
+        "ref_corrupted_logps",
         "chosen_margins",
         "rejected_margins",
         "prior_chosen",
@@ -49,6 +63,7 @@ NUMERIC_COLUMNS: dict[Kind, tuple[str, ...]] = {
         "values",
     ),
     "unpaired": ("weight", "score", "ref_logps", "values", "aux"),
+    "group": ("weight", "scores", "ref_logps"),
 }
 ALIASES = {
     "score_chosen": "chosen_score",
@@ -69,6 +84,8 @@ _NEEDED = {
     "pair": "'chosen' and 'rejected' (with 'prompt', or carrying the whole dialogue), "
     "or 'prompt_ids', 'chosen_ids' and 'rejected_ids'",
     "unpaired": "'prompt', 'completion' and 'label', or 'prompt_ids', 'completion_ids' and 'label'",
+    "group": "'prompt', 'completions' and 'scores', or 'prompt_ids', 'completion_1_ids', "
+    "'completion_2_ids', ... and 'scores'",
 }
 
 
@@ -77,10 +94,11 @@ class Layout:
     """Which columns of a dataset hold what, under canonical names.
 
     Attributes:
-        kind: ``"pair"`` or ``"unpaired"``: what the rows are once read.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``: what the rows are once read.
         unpair: The source is paired and every pair is to become two unpaired rows.
         tokenized: Responses are token ids already.
-        responses: Names of the responses, in order: chosen, rejected[, third], or completion.
+        responses: Names of the responses, in order: chosen, rejected[, third][, corrupted];
+            completion; or completion_1, completion_2, ...
         masks: Those of the responses that come with a 0/1 mask over their tokens.
         numbers: Numeric columns passed through.
     """
@@ -99,6 +117,59 @@ def canonical_names(columns: Iterable[str]) -> dict[str, str]:
     return {old: new for old, new in ALIASES.items() if old in present and new not in present}
 
 
+def response_names(columns: Iterable[str], kind: str, suffix: str = "_ids") -> tuple[str, ...]:
+    """Names of the responses that a dataset has, in the order of a batch's sequences.
+
+    Args:
+        columns: Column names.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
+        suffix: What the columns are called beyond the names.
+
+    Returns:
+        ``RESPONSES[kind]``, there or not, and the further ones that are there.
+    """
+    least, more = RESPONSES[kind], re.compile(EXTRA_RESPONSES[kind])
+    stems = {name.removesuffix(suffix) for name in columns if name.endswith(suffix)}
+    found = [name for name in stems if more.fullmatch(name) and name not in least]
+    # third before corrupted, completion_9 before completion_10
+    return (*least, *sorted(found, key=lambda name: (name == "corrupted", len(name), name)))
+
+
+def expand_groups(columns: Mapping[str, list[Any]], size: int) -> dict[str, list[Any]]:
+    """Columns of groups with ``completions`` taken apart into ``completion_1``, ``completion_2``...
+
+    Args:
+        columns: Columns of equal length.
+        size: Number of responses to make room for. A row that has fewer ends in None, its lists of
+            numbers in 0; a list of numbers that does not fit its responses becomes None.
+
+    Returns:
+        The columns.
+
+    Raises:
+        ValueError: A row has more responses than there is room for.
+    """
+    columns = dict(columns)
+    texts = columns.pop("completions", None)
+    if texts is not None:
+        texts = [row if isinstance(row, list) else [] for row in texts]
+        if (most := max(map(len, texts), default=0)) > size:
+            raise ValueError(
+                f"a row has {most} completions, the first row of the stream has {size}: pad the "
+                "first row's lists to the largest number with None and 0"
+            )
+        for k in range(size):
+            columns[f"completion_{k + 1}"] = [row[k] if k < len(row) else None for row in texts]
+    for name in ("scores", "ref_logps"):
+        if name in columns:
+            wanted = [size] * len(columns[name]) if texts is None else [len(row) for row in texts]
+            columns[name] = [
+                [*row, *[0.0] * (size - n)] if isinstance(row, list) and len(row) == n else None
+                for row, n in zip(columns[name], wanted, strict=True)
+            ]
+    return columns
+
+
 def resolve_layout(
     columns: Sequence[str], kind: Kind, *, unpair: bool = False, extra_columns: Sequence[str] = ()
 ) -> Layout:
@@ -106,7 +177,7 @@ def resolve_layout(
 
     Args:
         columns: Column names of the dataset.
-        kind: ``"pair"`` or ``"unpaired"``.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         unpair: Accept a paired dataset where ``kind="unpaired"``, and make two rows of each pair.
         extra_columns: Numeric columns to pass through beyond ``NUMERIC_COLUMNS[kind]``.
 
@@ -118,7 +189,7 @@ def resolve_layout(
             dataset is paired where unpaired was asked for, or it has images.
     """
     if kind not in RESPONSES:
-        raise ValueError(f"kind must be 'pair' or 'unpaired', got {kind!r}")
+        raise ValueError(f"kind must be 'pair', 'unpaired' or 'group', got {kind!r}")
     present = set(columns)
     if images := present & {"image", "images", "video", "videos", "audio"}:
         raise ValueError(
@@ -136,16 +207,15 @@ def resolve_layout(
         )
     source: Kind = "pair" if unpair else kind
     needed = [name + suffix for name in RESPONSES[source]]
-    if source == "unpaired":
-        needed += ["label"] if tokenized else ["prompt", "label"]
+    if source != "pair":
+        needed += [{"unpaired": "label", "group": "scores"}[source]]
+        needed += [] if tokenized else ["prompt"]
     for name in needed:
         if name not in present:
             raise ValueError(_missing(name, columns, source))
     if unpair:
         present = set(unpair_batch({name: [] for name in columns}))
-    responses = RESPONSES[kind]
-    if kind == "pair" and "third" + suffix in present:
-        responses = (*responses, "third")
+    responses = tuple(r for r in response_names(present, kind, suffix) if r not in MADE)
     masks = tuple(name for name in responses if name + "_mask" in present)
     if masks and not tokenized:
         raise ValueError(
@@ -163,11 +233,12 @@ def resolve_layout(
 def _missing(name: str, columns: Sequence[str], kind: Kind) -> str:
     found = ", ".join(repr(column) for column in columns) or "no columns"
     nearest = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
-    hint = (
-        f" Nearest is {nearest[0]!r}: dataset.rename_column({nearest[0]!r}, {name!r})?"
-        if nearest
-        else ""
-    )
+    if kind == "pair" and {"completion", "label"} <= set(columns):
+        hint = " These are single responses with a label: choose a loss for those, such as kto."
+    elif nearest:
+        hint = f" Nearest is {nearest[0]!r}: dataset.rename_column({nearest[0]!r}, {name!r})?"
+    else:
+        hint = ""
     return f"column {name!r} is missing; found {found}.{hint} A {kind} dataset has {_NEEDED[kind]}."
 
 

@@ -7,10 +7,11 @@ run code is read.
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastpref.paths import located
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -49,11 +50,17 @@ def load_preference_dataset(
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and is not there.
-        ValueError: the file type is not known, the split does not exist, or reading failed.
+        ValueError: the file type is not known, the split does not exist, reading failed, or a
+            configuration is asked of what is on disk.
     """
     import datasets
 
     path = Path(source).expanduser()
+    if name is not None and path.exists():
+        raise ValueError(
+            f"{path} is on disk and has no configurations, which are for datasets on the hub; got "
+            f"{name!r}"
+        )
     if path.is_file():
         reader = READERS.get(path.suffix.lower())
         if reader is None:
@@ -70,12 +77,7 @@ def load_preference_dataset(
         if not types & set(READERS):
             raise ValueError(f"{path}: no file of a known type inside ({', '.join(READERS)})")
         return _read(str(path), str(path), split, streaming)
-    text = os.fspath(source)
-    if path.suffix.lower() in READERS or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(f"{text}: no such file or directory.{hint}")
+    text = located(source, READERS)
     try:
         return _read(text, text, split, streaming, name=name)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:

@@ -46,19 +46,22 @@ class Document:
             is laid out but not scored.
         responses: Token ids of each response.
         masks: Per response None, or 0/1 for each of its tokens: 0 = no loss on it.
+        first: Place of the first response among an example's responses: not 0 where they answer
+            several prompts, each a document of its own.
     """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
     masks: Sequence[Sequence[int] | None] | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class PackedRows:
     """Rows of tokens, and where in them each response is predicted.
 
-    Sequences are ordered response-major: the first response of every document in the order given,
-    then the second of every document that has one, and so on.
+    Sequences are ordered response-major: the first response of every example in the order given,
+    then the second of every example that has one, and so on.
 
     Attributes:
         input_ids: ``(R, T)`` int64.
@@ -174,8 +177,8 @@ def pack(
             response's, or an option out of range.
     """
     _check(documents, pad_to_multiple_of)
-    ranks = range(max(len(document.responses) for document in documents))
-    sequences = [(d, k) for k in ranks for d, doc in enumerate(documents) if k < len(doc.responses)]
+    sequences = [(d, k) for d, doc in enumerate(documents) for k in range(len(doc.responses))]
+    sequences.sort(key=lambda place: (documents[place[0]].first + place[1], place[0]))
     if prefix_sharing:
         units = [(d, list(range(len(doc.responses)))) for d, doc in enumerate(documents)]
     else:

@@ -26,6 +26,7 @@ class Issue(enum.IntFlag):
     BAD_LABEL = enum.auto()
     BAD_NUMBER = enum.auto()
     BAD_MASK = enum.auto()
+    BAD_GROUP = enum.auto()
     PROMPT_TOO_LONG = enum.auto()
     EMPTY_RESPONSE = enum.auto()
     IDENTICAL = enum.auto()
@@ -45,6 +46,7 @@ WORDS: dict[Issue, str] = {
     Issue.BAD_LABEL: "label is neither true nor false",
     Issue.BAD_NUMBER: "missing or non-finite number",
     Issue.BAD_MASK: "mask and tokens differ in length",
+    Issue.BAD_GROUP: "fewer than two responses",
     Issue.PROMPT_TOO_LONG: "prompt fills max_length",
     Issue.EMPTY_RESPONSE: "empty response",
     Issue.IDENTICAL: "chosen equals rejected",
@@ -63,6 +65,7 @@ DROPS = (
     | Issue.BAD_LABEL
     | Issue.BAD_NUMBER
     | Issue.BAD_MASK
+    | Issue.BAD_GROUP
     | Issue.PROMPT_TOO_LONG
     | Issue.EMPTY_RESPONSE
     | Issue.IDENTICAL

@@ -35,19 +35,21 @@ NO_ISSUE = Issue(0)
 
 @dataclass(frozen=True)
 class Limits:
-    """How long prompts and responses may be, in tokens; None = no limit.
+    """How long prompts and responses may be, in tokens, and their ids; None = no limit.
 
     Attributes:
         max_length: Most tokens of prompt + response.
         truncation_mode: ``"keep_start"`` or ``"keep_end"``; the module's text says how each cuts.
         max_prompt_length: Most tokens of the prompt, cut at its start.
         max_completion_length: Most tokens of a response, cut at its end.
+        vocab_size: Every token id is below it.
     """
 
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an option out of range."""
@@ -114,6 +116,8 @@ def normalise(columns: Mapping[str, list[Any]], layout: Layout) -> list[dict[str
                 name: [row.get(name) for row in explicit] for name in {**columns, "prompt": 0}
             }
         columns = formats.unpair_batch(columns)
+    if layout.kind == "group":
+        columns = formats.expand_groups(columns, len(layout.responses))
     return _rows(columns)
 
 
@@ -139,7 +143,8 @@ def tokenize_batch(
         a dropped row are empty: it is only there to be counted.
 
     Raises:
-        ValueError: the tokenizer lacks the EOS or the chat template that the rows need.
+        ValueError: the tokenizer lacks the EOS or the chat template that the rows need, or a token
+            id is outside the vocabulary.
     """
     sources = normalise({"example_ids": indices, **batch}, layout)
     read = _read_ids if layout.tokenized else _read_text
@@ -148,8 +153,12 @@ def tokenize_batch(
         _encode([r for r in rows if r.texts and r.conversational == conversational], tokenizer)
     for row, source in zip(rows, sources, strict=True):
         if not row.issues & DROPS:
+            absent = len(layout.responses) - len(row.responses)
+            row.responses = [*row.responses, *([] for _ in range(absent))]
             _truncate(row, layout, limits)
             _check(row, source, layout)
+            if limits.vocab_size is not None:
+                _check_ids(row, source, layout, limits.vocab_size)
     return _columns(rows, sources, layout)
 
 
@@ -162,7 +171,12 @@ def _read_text(
 ) -> Row:
     """Texts to tokenise: the prompt alone, then prompt + response for each response."""
     try:
-        prompt, responses = formats.read_example(source, layout.responses)
+        names = list(layout.responses)
+        while layout.kind == "group" and names and source[names[-1]] is None:
+            names.pop()
+        if layout.kind == "group" and len(names) < 2:
+            raise BadRow(Issue.BAD_GROUP)
+        prompt, responses = formats.read_example(source, names)
         if isinstance(prompt, str):
             eos = tokenizer.eos_token
             if eos is None:
@@ -243,7 +257,7 @@ def _single_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) ->
 
 def _note_eos(row: Row, tokenizer: PreTrainedTokenizerBase) -> None:
     eos = tokenizer.eos_token_id
-    if eos is not None and not all(eos in ids for ids in row.responses):
+    if eos is not None and not all(eos in ids for ids in row.responses if ids):
         row.issues |= Issue.NO_EOS
 
 
@@ -275,8 +289,15 @@ def _check(row: Row, source: Mapping[str, Any], layout: Layout) -> None:
     unpredicted = 0 if row.prompt else 1
     if unpredicted:
         row.issues |= Issue.EMPTY_PROMPT
-    scored = [len(ids) > unpredicted for ids in row.responses]
-    if not all(scored) or not all(any(mask[unpredicted:]) for mask in row.masks):
+    masks = dict(zip(layout.masks, row.masks, strict=True))
+    scored = [
+        len(ids) > unpredicted and any(masks.get(name, [1, 1])[unpredicted:])
+        for name, ids in zip(layout.responses, row.responses, strict=True)
+        if ids or layout.kind != "group"
+    ]
+    if layout.kind == "group" and len(scored) < 2:
+        row.issues |= Issue.BAD_GROUP
+    if not all(scored):
         row.issues |= Issue.EMPTY_RESPONSE
     if layout.kind == "pair" and row.responses[0] == row.responses[1]:
         truncated = row.issues & Issue.RESPONSE_TRUNCATED
@@ -285,6 +306,20 @@ def _check(row: Row, source: Mapping[str, Any], layout: Layout) -> None:
         row.issues |= Issue.BAD_LABEL
     if not all(_is_finite(source[name]) for name in layout.numbers):
         row.issues |= Issue.BAD_NUMBER
+
+
+def _check_ids(row: Row, source: Mapping[str, Any], layout: Layout, vocab_size: int) -> None:
+    """Raise ``ValueError`` for a token id that the model does not have."""
+    for name, ids in zip(("prompt", *layout.responses), (row.prompt, *row.responses), strict=True):
+        wrong = [i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < vocab_size]
+        if wrong:
+            column = f"{name}_ids" if layout.tokenized else name
+            raise ValueError(
+                f"column {column!r}, example {source['example_ids']}: token id {wrong[0]} is "
+                f"outside the model's vocabulary of {vocab_size}. The ids come from another "
+                "model's tokenizer, or tokens were added to it: then call "
+                "model.resize_token_embeddings(len(tokenizer)) first."
+            )
 
 
 def _is_finite(value: object) -> bool:

@@ -41,6 +41,7 @@ def tokenize_dataset(
     batch_size: int = 1000,
     max_bad_rows: int | None = None,
     extra_columns: Sequence[str] = (),
+    vocab_size: int | None = None,
     desc: str = "Tokenising",
 ) -> tuple[AnyDataset, TokenizationReport]:
     """The dataset as token ids, and the report of what became of each row.
@@ -57,24 +58,27 @@ def tokenize_dataset(
         truncation_mode: ``"keep_start"`` or ``"keep_end"``; ``rows`` says how each cuts.
         max_prompt_length: Most tokens of the prompt, cut at its start; None = no limit.
         max_completion_length: Most tokens of a response, cut at its end; None = no limit.
-        kind: ``"pair"`` or ``"unpaired"``.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         unpair: With ``kind="unpaired"``, make two examples of each pair of a paired dataset.
         num_proc: Processes for a ``Dataset``; a fast tokenizer is already parallel in one.
         batch_size: Rows tokenised at a time.
         max_bad_rows: Most rows that may be dropped before it is an error; None = any number, as
             long as a row is left.
         extra_columns: Numeric columns to keep beyond ``formats.NUMERIC_COLUMNS``.
+        vocab_size: Tokens that the model has; None = any id passes.
         desc: Caption of the progress bar.
 
     Returns:
-        The dataset with ``prompt_ids`` and ``chosen_ids``, ``rejected_ids`` (``third_ids``) or
-        ``completion_ids``, ``label``; masks and numeric columns where given; ``example_ids``, the
+        The dataset with ``prompt_ids`` and ``chosen_ids``, ``rejected_ids`` (``third_ids``), or
+        ``completion_ids``, ``label``, or ``completion_1_ids`` and so on (empty where a group has
+        fewer), ``scores``; masks and numeric columns where given; ``example_ids``, the
         row's index in ``dataset`` (kept if there already). And the report; for a stream it fills
         as the stream is read.
 
     Raises:
         ValueError: a column is missing, an option is out of range, the dataset is empty, the
-            tokenizer has no EOS or chat template where one is needed, or too many rows are bad.
+            tokenizer has no EOS or chat template where one is needed, a token id is outside the
+            vocabulary, or too many rows are bad.
         TypeError: ``dataset`` is not one of the two types.
     """
     import datasets
@@ -84,7 +88,9 @@ def tokenize_dataset(
             f"dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}"
             " (of a DatasetDict, pass one split)"
         )
-    limits = Limits(max_length, truncation_mode, max_prompt_length, max_completion_length)
+    limits = Limits(
+        max_length, truncation_mode, max_prompt_length, max_completion_length, vocab_size
+    )
     dataset = dataset.with_format(None)
     first = next(iter(dataset), None)
     if first is None:
@@ -92,6 +98,10 @@ def tokenize_dataset(
     columns = dataset.column_names or list(first)
     renames = formats.canonical_names(columns)
     names = [renames.get(name, name) for name in columns]
+    if kind == "group" and "completions" in names:
+        names = list(
+            formats.expand_groups({name: [] for name in names}, _group_size(dataset, first))
+        )
     layout: Layout = formats.resolve_layout(names, kind, unpair=unpair, extra_columns=extra_columns)
     if layout.unpair:
         logger.info("unpairing: every pair becomes one desirable and one undesirable example")
@@ -123,6 +133,18 @@ def tokenize_dataset(
     return good, report
 
 
+def _group_size(dataset: AnyDataset, first: Mapping[str, Any]) -> int:
+    """Responses of the largest group; of a stream, of its first row."""
+    import datasets
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    if isinstance(dataset, datasets.IterableDataset):
+        return len(first["completions"] or ())
+    column = dataset.select_columns(["completions"]).with_format("arrow")
+    sizes = [pc.max(pc.list_value_length(t["completions"])) for t in column.iter(10_000)]
+    return max((size.as_py() or 0 for size in sizes), default=0)
+
+
 def token_counts(dataset: Dataset, columns: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
     """Length of each row's list, for each list column. Equals ``[len(x) for x in dataset[c]]``.
 
@@ -133,7 +155,7 @@ def token_counts(dataset: Dataset, columns: Sequence[str]) -> dict[str, np.ndarr
     Returns:
         int64 arrays of shape ``(rows,)`` by column, read without making Python lists.
     """
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow.compute as pc
 
     counts: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in columns}
     arrow = dataset.select_columns(list(columns)).with_format("arrow")

@@ -276,7 +276,8 @@ SOURCES: dict[str, str] = {
     "tokens": "the policy's log-probs kept per token",
     "ref_tokens": "the reference's log-probs kept per token",
     "third": "another response to each prompt: the column `third` (or `reference`)",
-    "corrupted": "the chosen response scored again, without a part of its context",
+    "corrupted": "the chosen response scored again in a corrupted context, which a function makes "
+    "of the prompt's token ids (`corrupt_context`)",
     "scores": "the columns `chosen_score`, `rejected_score` (unpaired `score`, groups `scores`)",
     "margins": "the columns `chosen_margins`, `rejected_margins`: one number per other objective",
     "prior": "the columns `prior_chosen`, `prior_rejected`: sums under each earlier policy",
@@ -284,7 +285,8 @@ SOURCES: dict[str, str] = {
     "kl": "the full-vocabulary KL(reference || policy), summed over the response",
     "perturbed": "log-probs under logits (1 +- epsilon) z -+ epsilon z_ref",
     "aux": "the columns `chosen_aux`, `rejected_aux` (unpaired `aux`) and `values`",
-    "mismatched": "each prompt scored with another prompt's response, a batch of two or more",
+    "mismatched": "each prompt scored with another prompt's response, of the micro-batch of all "
+    "ranks (two examples or more)",
     "values": "the column `values`: the value of each prompt, or a value head's output",
     "prompt": 'the prompt\'s log-probs, kept when `nll_scope` is "all"',
     "labels": "the column `label` (true: desirable)",

@@ -74,6 +74,8 @@ class Combined:
         ]
         self.beta: float = betas[0] if betas else 1.0
         """Scale of the rewards that are logged: the first loss's beta."""
+        self.mean_reward = entries[0].mean_reward
+        """These rewards are means over tokens: the first loss ranks by such."""
 
     def state_batch(self, batch: Any) -> Any:
         """What the states read, detached: ``.map`` a gather over it, pass it as ``gathered``."""

@@ -53,6 +53,8 @@ class Entry:
     """Draws random numbers: the order of the examples matters."""
     shift_invariant: bool
     """Only log-ratios matter: a response's sums may shift together, policy and reference."""
+    mean_reward: bool = False
+    """The reward by which it ranks responses is a mean over their tokens, not a sum."""
     variants: tuple[Mapping[str, Any], ...] = field(default=({},))
     """Keyword arguments under which the property tests also run it."""
 
@@ -165,6 +167,7 @@ def register(
     stochastic: bool = False,
     shift_invariant: bool = False,
     f_divergence: bool = False,
+    mean_reward: bool = False,
     variants: Iterable[Mapping[str, Any]] = (),
 ) -> Callable[[Callable[..., Tensor]], Loss]:
     """A decorator that gives a function ``(batch, *, ...) -> (B,)`` a name and a place in the
@@ -198,6 +201,7 @@ def register(
         shift_invariant: Only log-ratios matter; the property tests hold the loss to it.
         f_divergence: Accept ``f_divergence=`` and ``f_alpha=``: the loss sees the policy through
             log-ratios alone.
+        mean_reward: The reward by which it ranks responses is a mean over their tokens.
         variants: Further keyword arguments under which the property tests run it.
 
     Raises:
@@ -242,6 +246,7 @@ def register(
             finite_range=finite_range,
             stochastic=stochastic,
             shift_invariant=shift_invariant,
+            mean_reward=mean_reward,
             variants=({}, *variants),
         )
         registry[name] = Loss(entry, function)

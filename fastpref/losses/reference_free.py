@@ -53,6 +53,7 @@ def sft(
 @register(
     "simpo",
     needs={"lengths"},
+    mean_reward=True,
     paper="Meng et al. 2024, arXiv:2405.14734",
     equation="Eq. 6",
     confidence="H",
@@ -103,6 +104,7 @@ def cpo(
 @register(
     "cpo_simpo",
     needs={"lengths"},
+    mean_reward=True,
     paper="Xu et al. 2024, arXiv:2401.08417; Meng et al. 2024, arXiv:2405.14734",
     confidence="M",
     formula="simpo + nll_weight * nll",
@@ -129,6 +131,7 @@ def cpo_simpo(
 @register(
     "orpo",
     needs={"lengths"},
+    mean_reward=True,
     paper="Hong et al. 2024, arXiv:2403.07691",
     confidence="H",
     formula=(
@@ -158,6 +161,7 @@ def orpo(
 @register(
     "alphapo",
     needs={"lengths"},
+    mean_reward=True,
     paper="Gupta et al. 2025, arXiv:2501.03884",
     confidence="H",
     formula=(
@@ -204,6 +208,7 @@ def slic_hf(p: PairLogps, *, margin: float = 1.0, nll_weight: float = 0.1) -> Te
 @register(
     "simper",
     needs={"lengths"},
+    mean_reward=True,
     paper="Xiao et al. 2025, arXiv:2502.00883",
     confidence="M",
     formula="-exp(chosen / chosen_lengths) + exp(rejected / rejected_lengths)",

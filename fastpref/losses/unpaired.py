@@ -14,8 +14,9 @@ from fastpref.losses.states import State, UnpairedShift
 
 
 def _mismatched_kl(u: UnpairedLogps) -> Tensor:
-    """``max(0, mean(kl_logps - ref_kl_logps))``, detached."""
-    return (u.kl_logps - u.ref_kl_logps).detach().mean().clamp(min=0)
+    """``max(0, mean(kl_logps - ref_kl_logps))``, detached; 0 of no responses."""
+    gaps = (u.kl_logps - u.ref_kl_logps).detach()
+    return (gaps.sum() / max(len(gaps), 1)).clamp(min=0)
 
 
 class MismatchedKL(State):

@@ -91,64 +91,16 @@ def test_completion_masks():
 
 
 @pytest.mark.parametrize("prefix_sharing", [True, False])
-@pytest.mark.parametrize(("direction", "shift"), [("previous", -1), ("next", 1)])
-def test_mismatched(direction, shift, prefix_sharing):
-    collator = PreferenceCollator(
-        0, "unpaired", prefix_sharing=prefix_sharing, mismatched=direction
-    )
-    batch = collator(SINGLES)
-    found = sequences(batch)
+def test_mismatched(prefix_sharing):
+    others = [[9, 10, 11], [], [5, 6]]
+    rows = [{**row, "mismatched_ids": ids} for row, ids in zip(SINGLES, others, strict=True)]
+    batch = PreferenceCollator(0, "unpaired", prefix_sharing=prefix_sharing)(rows)
     prompts, responses = [[2], [4], [8]], [[3], [5, 6], [9, 10, 11]]
+    found = sequences(batch)
     assert found[:3] == list(zip(prompts, responses, strict=True))
-    rotated = [responses[(i + shift) % 3] for i in range(3)]
-    assert found[3:] == list(zip(prompts, rotated, strict=True))
-    assert batch["mismatched"].tolist() == [3, 4, 5]
+    assert [found[3], found[5]] == [([2], others[0]), ([8], others[2])]
+    assert batch["mismatched"].tolist() == [3, 5]  # where there is none, it does not count
     assert batch["label"].tolist() == [True, False, True]
-
-
-def test_mismatched_as_trl_rotates():
-    pytest.importorskip("trl")
-    from types import SimpleNamespace
-
-    from trl import KTOConfig, KTOTrainer
-
-    args = KTOConfig(
-        output_dir="unused",
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        max_length=None,
-        per_device_train_batch_size=3,
-    )
-    words = {"prompt": ["a", "b", "c"], "completion": ["d", "e", "f"], "label": [True, False, True]}
-
-    class Letters:
-        eos_token = "."
-
-        def __call__(self, text):
-            return {"input_ids": [ord(letter) for letter in text]}
-
-    trainer = SimpleNamespace(
-        _tokenizer=Letters(), calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0
-    )
-    theirs = KTOTrainer._prepare_dataset(
-        trainer, Dataset.from_dict(words), Letters(), args, "train"
-    )
-    batch = PreferenceCollator(0, "unpaired", mismatched="previous")(list(theirs))
-    assert [t for _, t in sequences(batch)[3:]] == theirs["KL_completion_ids"][:]
-
-
-def test_same_prompt_is_not_a_mismatch():
-    twins = [SINGLES[0], {**SINGLES[1], "prompt_ids": [1, 2]}, SINGLES[2]]
-    batch = PreferenceCollator(0, "unpaired", mismatched="previous")(twins)
-    found = sequences(batch)[3:]
-    assert found == [([2], [9, 10, 11]), ([2], [9, 10, 11]), ([8], [5, 6])]
-    for lonely in (SINGLES[:1], [SINGLES[0]] * 3):
-        batch = PreferenceCollator(0, "unpaired", mismatched="previous")(lonely)
-        assert batch["mismatched"].tolist() == []
-        assert len(batch["cu_seqlens"]) == len(lonely) + 1
-    batch = PreferenceCollator(0, "unpaired")(SINGLES)
-    assert "mismatched" not in batch
 
 
 def test_pickles_and_repeats():
@@ -182,8 +134,6 @@ def test_lengths_and_the_length_grouped_sampler():
     ("options", "rows", "message"),
     [
         ({"kind": "triple"}, None, "kind must be"),
-        ({"mismatched": "left", "kind": "unpaired"}, None, "mismatched must be"),
-        ({"mismatched": "next"}, None, "unpaired"),
         ({}, [], "empty batch"),
         ({}, [{"prompt_ids": [1]}], "remove_unused_columns"),
         ({"kind": "unpaired"}, [{"prompt_ids": [1], "completion_ids": [2]}], "label"),

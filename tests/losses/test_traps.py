@@ -162,6 +162,19 @@ def test_empty_response_among_tokens() -> None:
         assert torch.autograd.grad(loss.sum(), empty.values, retain_graph=True)[0].isfinite().all()
 
 
+def test_kto_without_mismatched_responses(some: PairLogps) -> None:
+    """A batch of one prompt has none: the reference point is 0, not the mean of nothing."""
+    none = torch.zeros(0, dtype=torch.float64)
+    batch = losses.UnpairedLogps(
+        logps=some.chosen,
+        ref_logps=some.ref_chosen,
+        labels=torch.arange(SIZE) % 2 == 0,
+        kl_logps=none,
+        ref_kl_logps=none,
+    )
+    same(get("kto")(batch), get("kto")(batch, kl=0.0))
+
+
 def test_orpo_of_a_certain_response() -> None:
     for value in (0.0, -1e-12, -1e-6, -0.5, -0.7, -50.0, -1e4):
         x = torch.full((2,), value, requires_grad=True)

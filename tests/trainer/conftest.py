@@ -59,6 +59,13 @@ def make_pairs(count: int = 12, seed: int = 0, **columns: Any) -> Dataset:
     return Dataset.from_list([{**row, **columns} for row in rows])
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

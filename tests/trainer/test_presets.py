@@ -75,7 +75,7 @@ def test_orpo(make: Any, tokenizer: Any, options: Options) -> None:
     assert found["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "alphapo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "alphapo", "hinge", "ipo"])
 def test_cpo(make: Any, tokenizer: Any, options: Options, loss: str) -> None:
     rows = make.pairs(5)
     alpha = {"alpha": 0.25} if loss == "alphapo" else {}
@@ -83,9 +83,14 @@ def test_cpo(make: Any, tokenizer: Any, options: Options, loss: str) -> None:
     found = evaluate(CPOTrainer, config, make, tokenizer, rows)
     each = parts(make.model(), tokenizer, rows)
     nll = -torch.cat([p["chosen"] for p in each]).mean()
+    sums = torch.stack([p["chosen"].sum() - p["rejected"].sum() for p in each])
     if loss == "sigmoid":
-        gaps = torch.stack([p["chosen"].sum() - p["rejected"].sum() for p in each])
-        expected = -F.logsigmoid(2.0 * gaps).mean() + nll
+        expected = -F.logsigmoid(2.0 * sums).mean() + nll
+    elif loss == "hinge":
+        expected = (1 - 2.0 * sums).relu().mean() + nll
+    elif loss == "ipo":
+        means = torch.stack([p["chosen"].mean() - p["rejected"].mean() for p in each])
+        expected = (means - 0.25).square().mean() + nll
     else:
 
         def shaped(x: torch.Tensor) -> torch.Tensor:
@@ -149,22 +154,36 @@ def test_kto_equals_trl(make: Any, tokenizer: Any, options: Options) -> None:
     assert any(log["kl"] > 0 for log in ours)
 
 
-def test_kto_unpairs_pairs_and_takes_a_batch_of_one(
-    make: Any, tokenizer: Any, options: Options
+def test_kto_unpairs_pairs_and_warns_of_a_batch_of_one(
+    make: Any, tokenizer: Any, options: Options, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = KTOConfig(**options(per_device_train_batch_size=1, max_steps=2))
     trainer = KTOTrainer(
         make.model(), args=config, train_dataset=make.pairs(3), processing_class=tokenizer
     )
     assert len(trainer.train_dataset) == 6
+    assert "per_device_train_batch_size=1: kto takes its reference point from" in caplog.text
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.5)
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    caplog.clear()
+    for config in (
+        KTOConfig(**options(per_device_train_batch_size=2)),
+        KTOConfig(**options(per_device_train_batch_size=1, loss_type="apo_zero_unpaired")),
+    ):
+        KTOTrainer(
+            make.model(), args=config, train_dataset=make.pairs(3), processing_class=tokenizer
+        )
+    assert "per_device_train_batch_size" not in caplog.text
 
 
 def test_trls_names_that_have_no_loss_here_are_refused(options: Options) -> None:
-    with pytest.raises(ValueError, match="loss_type='hinge': CPOConfig has sigmoid"):
-        CPOConfig(**options(loss_type="hinge"))
+    with pytest.raises(ValueError, match="loss_type='kto_pair': CPOConfig has sigmoid"):
+        CPOConfig(**options(loss_type="kto_pair"))
+    with pytest.raises(ValueError, match=r"alpha \(AlphaPO\) has no hinge form"):
+        CPOConfig(**options(loss_type="hinge", alpha=0.5))
+    with pytest.raises(ValueError, match="ipo stands alone"):
+        CPOConfig(**options(loss_type=["ipo", "simpo"]))
     with pytest.raises(ValueError, match="set cpo_alpha=0"):
         CPOConfig(**options(alpha=0.2, cpo_alpha=0.3))
 
