@@ -1,0 +1,190 @@
+"""What a round did to the policy, measured on prompts that no round trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastpref.rounds.pairs import made
+from fastpref.rounds.policies import log_likelihoods
+from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
+from fastpref.rounds.sampling import Sampling, sample
+from fastpref.rounds.scorer import Scorer
+from fastpref.rounds.winrate import RESAMPLES, length_controlled_win_rate, mean, win_rate
+
+
+@dataclass
+class Evaluator:
+    """Answers of each round's policy to held-out prompts, and how they compare.
+
+    A policy answers once, at temperature 1, and its answers are scored once, whatever they are
+    compared with.
+
+    Attributes:
+        run: The run.
+        prompts: Held out.
+        start: The policy the run began with.
+        max_new_tokens: Longest answer.
+        judge: Compares answers; None: only lengths and KL are measured.
+        reward: Scores single answers; None: the judge, if it does.
+        resamples: Of the bootstrap.
+    """
+
+    run: Run
+    prompts: Rows
+    start: Policy
+    max_new_tokens: int
+    judge: Scorer | None = None
+    reward: Scorer | None = None
+    resamples: int = RESAMPLES
+    _names: dict[str, str] = field(default_factory=dict)
+    _answers: dict[str, Rows] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take the judge as the reward where it can be."""
+        if self.reward is None and self.judge is not None and not self.judge.probability:
+            self.reward = self.judge
+        self.name(self.start, "round-0")
+
+    def describe(self) -> Row:
+        """What its numbers depend on beside the policies."""
+        return {
+            "held_out": self.prompts.digest,
+            "start": self.start.digest,
+            "max_new_tokens": self.max_new_tokens,
+            "judge": None if self.judge is None else self.judge.describe(),
+            "reward": None if self.reward is None else self.reward.describe(),
+            "resamples": self.resamples,
+        }
+
+    def name(self, policy: Policy, name: str) -> str:
+        """Folder of a policy's answers: that of the round that made it, whoever asks first."""
+        return self._names.setdefault(policy.digest, name)
+
+    def answers(self, policy: Policy) -> Rows:
+        """A policy's answers, as a stage."""
+        if policy.digest not in self._answers:
+            once = Sampling(n=1, temperature=1.0, max_new_tokens=self.max_new_tokens)
+            name = f"{self.name(policy, 'other')}/answers"
+            self._answers[policy.digest] = sample(self.run, name, policy, self.prompts, once)
+        return self._answers[policy.digest]
+
+    def rewards(self, policy: Policy) -> list[float]:
+        """Their rewards, a number each, as a stage."""
+        assert self.reward is not None
+        folder = self.name(policy, "other")
+        scores = self.reward.score(self.run, f"{folder}/rewards", self.answers(policy))
+        return [row["scores"][0] for row in scores]
+
+    def compare(self, name: str, before: Policy, after: Policy) -> Row:
+        """Numbers of a policy beside those of the policy before it.
+
+        Args:
+            name: Of the round.
+            before: What the round began with.
+            after: What it made.
+
+        Returns:
+            ``tokens`` and ``characters`` (mean response length), ``unfinished`` (share), ``kl``
+            from the policy before and from the run's start (nats, summed over a response; a
+            Monte-Carlo mean over the answers), ``reward`` and ``reward_before``, ``win_rate`` and
+            ``lc_win_rate``; estimates as ``[value, low, high]``.
+        """
+        self.name(after, name)
+        new, old = self.answers(after), self.answers(before)
+        own = [row["responses"][0] for row in new]
+        found: Row = {
+            "prompts": len(new),
+            "tokens": mean([len(r["ids"]) for r in own]),
+            "characters": mean([len(r["text"]) for r in own]),
+            "unfinished": sum(not r["finished"] for r in own) / len(own),
+            "kl": {"previous": self._kl(name, after, before, "previous")},
+        }
+        if self.start.digest != before.digest:
+            found["kl"]["start"] = self._kl(name, after, self.start, "start")
+        else:
+            found["kl"]["start"] = found["kl"]["previous"]
+        if self.reward is not None:
+            found["reward"] = mean(self.rewards(after))
+            found["reward_before"] = mean(self.rewards(before))
+            found["reward_name"] = self.reward.name
+        if self.judge is not None:
+            preferences = self._preferences(name, new, old, before, after)
+            longer = [
+                len(a["responses"][0]["text"]) - len(b["responses"][0]["text"])
+                for a, b in zip(new, old, strict=True)
+            ]
+            found["judge"] = self.judge.name
+            found["win_rate"] = win_rate(preferences)
+            found["lc_win_rate"] = length_controlled_win_rate(preferences, longer, self.resamples)
+        return found
+
+    def _preferences(
+        self, name: str, new: Rows, old: Rows, before: Policy, after: Policy
+    ) -> list[float]:
+        """Probability, by prompt, that the new answer is the better one."""
+        assert self.judge is not None
+        if not self.judge.probability:
+            if self.judge is self.reward:
+                scores = self.rewards(after), self.rewards(before)
+            else:
+                tables = [
+                    self.judge.score(self.run, f"{self.name(p, 'other')}/judged", answers)
+                    for p, answers in ((after, new), (before, old))
+                ]
+                scores = ([r["scores"][0] for r in tables[0]], [r["scores"][0] for r in tables[1]])
+            return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(*scores, strict=True)]
+        both = [
+            {**a, "responses": [a["responses"][0], b["responses"][0]]}
+            for a, b in zip(new, old, strict=True)
+        ]
+        judged = self.judge.score(self.run, f"{name}/judged", given_rows(both))
+        return [row["scores"][0] for row in judged]
+
+    def _kl(self, name: str, policy: Policy, other: Policy, which: str) -> Any:
+        answers, folder = self.answers(policy), self.name(policy, name)
+        own = log_likelihoods(self.run, f"{folder}/likelihood/own", policy, answers)
+        against = log_likelihoods(self.run, f"{folder}/likelihood/{which}", other, answers)
+        ratios = [a["logps"][0] - b["logps"][0] for a, b in zip(own, against, strict=True)]
+        return mean(ratios)
+
+
+def describe_pairs(
+    pairs: Rows, filtered: Rows | None = None, trained: list[Row] | None = None
+) -> Row:
+    """Pairs made and dropped and why, and how much longer the chosen responses are.
+
+    Args:
+        pairs: Of :func:`fastpref.rounds.pairs.build_pairs`.
+        filtered: Of :func:`fastpref.rounds.pairs.filter_samples`.
+        trained: What the round trains on, if that is not ``pairs``.
+
+    Returns:
+        ``prompts``, ``made``, ``dropped`` (prompts by reason), ``faults`` (responses by reason),
+        ``trained_on``, and ``gap_tokens`` and ``gap_characters`` of the pairs made (mean of chosen
+        minus rejected).
+    """
+    dropped: dict[str, int] = {}
+    faults: dict[str, int] = {}
+    for row in pairs:
+        if row.get("dropped"):
+            dropped[row["dropped"]] = dropped.get(row["dropped"], 0) + 1
+    for row in filtered or []:
+        for why, count in row["faults"].items():
+            faults[why] = faults.get(why, 0) + count
+    good = made(pairs)
+
+    def gap(suffix: str) -> float:
+        return sum(len(r[f"chosen{suffix}"]) - len(r[f"rejected{suffix}"]) for r in good) / len(
+            good
+        )
+
+    return {
+        "prompts": len(pairs),
+        "made": len(good),
+        "dropped": dropped,
+        "faults": faults,
+        "trained_on": len(good) if trained is None else len(trained),
+        "gap_tokens": gap("_ids"),
+        "gap_characters": gap(""),
+    }

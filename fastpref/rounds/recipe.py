@@ -1,0 +1,316 @@
+"""The base of the recipes: options that all of them have, and how a run begins and ends."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+
+from fastpref.config import PreferenceConfig
+from fastpref.recorder import resolved
+from fastpref.rounds.evaluation import Evaluator, describe_pairs
+from fastpref.rounds.examples import read_examples, split_prompts, split_rounds
+from fastpref.rounds.pairs import Filter
+from fastpref.rounds.report import report
+from fastpref.rounds.run import Policy, Row, Rows, Run, policy_of
+from fastpref.rounds.sampling import Sampling
+from fastpref.rounds.scorer import Scorer
+from fastpref.rounds.scorers import make_scorer
+from fastpref.rounds.training import Training, pick_device
+from fastpref.rounds.winrate import RESAMPLES
+
+Options = TypeVar("Options")
+PLAIN: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+}
+
+
+@dataclass
+class Outcome:
+    """What a run made.
+
+    Attributes:
+        policy: The last policy.
+        policies: Every policy, by the name of its stage.
+        reports: A dict for each round: what its table shows.
+        folder: The run directory.
+    """
+
+    policy: Policy
+    policies: dict[str, Policy]
+    reports: list[Row]
+    folder: Path
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Options that every recipe has; ``run()`` does all rounds that are not done yet.
+
+    Attributes:
+        model: The policy to start from: a folder or hub name; safetensors.
+        run_dir: Where every stage's result goes. The same again goes on where it stopped.
+        dataset: A path, hub id, list of dicts or ``datasets.Dataset``.
+        eval_dataset: Held-out prompts; None: ``held_out`` of those of ``dataset``.
+        held_out: Prompts kept for evaluation, where there is no ``eval_dataset``; 0: none.
+        judge: Compares answers to held-out prompts; a scorer as ``make_scorer`` takes it. None: the
+            recipe's scorer.
+        resamples: Bootstrap draws behind each interval.
+        max_new_tokens: Longest answer to a held-out prompt; None: as in sampling, or 256.
+        max_prompt_tokens: Rows with longer prompts are left out; None: none are.
+        training: Options of :class:`fastpref.PreferenceConfig` for each training stage.
+        lora: Arguments of ``peft.LoraConfig``: train an adapter each round, merged at its end.
+        beta: Strength of the reference.
+        seed: Of everything drawn at random.
+        batch_size: Sequences at a time where models sample or score.
+        dtype: Of models that sample or score.
+        use_cpu: Leave a GPU alone.
+        redo: Make stages anew whose inputs have changed, instead of stopping.
+        model_options: More arguments of ``from_pretrained`` for policies.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: an option has the wrong type.
+    """
+
+    model: str
+    run_dir: str
+    dataset: Any
+    eval_dataset: Any = None
+    held_out: int = 32
+    judge: Any = None
+    resamples: int = RESAMPLES
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = 512
+    training: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    beta: float = 0.1
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str = "float32"
+    use_cpu: bool = False
+    redo: bool = False
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        for option in fields(self):
+            value, kinds = getattr(self, option.name), str(option.type).split(" | ")
+            allowed = tuple(kind for name in kinds for kind in PLAIN.get(name, ()))
+            if not allowed or (value is None and "None" in kinds):
+                continue
+            if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in kinds):
+                raise TypeError(
+                    f"{option.name}: expected {option.type}, got {value!r} ({type(value).__name__})"
+                )
+        for name, least in {"held_out": 0, "resamples": 1, "batch_size": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be float32, bfloat16 or the like, got {self.dtype!r}")
+        if unknown := set(self.training) - {f.name for f in fields(PreferenceConfig) if f.init}:
+            PreferenceConfig(
+                **{name: self.training[name] for name in unknown}
+            )  # raises, with hints
+        self._judge: Scorer | None = None if self.judge is None else make_scorer(self.judge)
+        self._training = Training(self.training, self.lora)
+        self._reports: list[Row] = []
+        self._policies: dict[str, Policy] = {}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Recipe:
+        """The recipe with the options of a YAML file.
+
+        Raises:
+            TypeError: an option is missing or does not exist; the message names the nearest.
+        """
+        return build(cls, options, cls.__name__)
+
+    def play(self, run: Run, start: Policy) -> Policy:
+        """Do all rounds; the last policy. Each recipe's own."""
+        raise NotImplementedError
+
+    def run(self) -> Outcome:
+        """Do what is not done yet, and return what the run made.
+
+        Raises:
+            ChangedError: a finished stage was made with other options; the message says which.
+            RuntimeError: another process is at work in ``run_dir``, or several ranks were started.
+            KeyboardInterrupt: Ctrl-C; what was done is kept.
+        """
+        from transformers import AutoTokenizer
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                "rounds run in one process: start it without torchrun or accelerate launch, and "
+                "show it one GPU"
+            )
+        start = policy_of(self.model)
+        run = Run(
+            folder=Path(self.run_dir),
+            tokenizer=AutoTokenizer.from_pretrained(start.path),
+            device=pick_device(self.use_cpu),
+            dtype=getattr(torch, self.dtype),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            redo=self.redo,
+            model_options=dict(self.model_options),
+        )
+        self._reports, self._policies = [], {}
+        with run.locked():
+            path = run.folder / "config.yaml"
+            if not path.exists():
+                self._write_config(path)
+            policy = self.play(run, start)
+            self._write_config(path)
+        return Outcome(policy, dict(self._policies), list(self._reports), run.folder)
+
+    def _write_config(self, path: Path) -> None:
+        values = {name: value for name, value in resolved(self).items() if name != "redo"}
+        text = yaml.safe_dump({"recipe": type(self).__name__, **values}, sort_keys=True)
+        path.write_text(text, encoding="utf-8")
+
+    # What recipes share
+
+    def made_policy(self, name: str, policy: Policy) -> Policy:
+        """Note a policy under its name, and return it."""
+        self._policies[name] = policy
+        return policy
+
+    def examples(self, run: Run, *responses: str) -> tuple[Rows, Rows | None]:
+        """Rows to train on and rows held out (None: evaluation is off), of no common prompt."""
+        limit = self.max_prompt_tokens
+        found = read_examples(self.dataset, run.tokenizer, responses, limit)
+        if self.eval_dataset is not None:
+            return found, read_examples(self.eval_dataset, run.tokenizer, responses, limit)
+        if not self.held_out:
+            return found, None
+        return split_prompts(found, self.held_out, self.seed)
+
+    def evaluator(
+        self,
+        run: Run,
+        start: Policy,
+        held_out: Rows | None,
+        scorer: Scorer | None = None,
+        max_new_tokens: int = 256,
+    ) -> Evaluator | None:
+        """What measures each round's policy on held-out prompts; None if there are none."""
+        if held_out is None:
+            return None
+        return Evaluator(
+            run,
+            held_out,
+            start,
+            self.max_new_tokens or max_new_tokens,
+            judge=self._judge or scorer,
+            reward=None if scorer is None or scorer.probability else scorer,
+            resamples=self.resamples,
+        )
+
+    def report(
+        self,
+        run: Run,
+        number: int,
+        evaluator: Evaluator | None,
+        before: Policy,
+        after: Policy,
+        *,
+        pairs: Rows | None = None,
+        filtered: Rows | None = None,
+        trained: list[Row] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write and print the report of a round."""
+
+        def content() -> Row:
+            found: Row = {"policy": after.digest}
+            if pairs is not None:
+                found["pairs"] = describe_pairs(pairs, filtered, trained)
+            if training:
+                found["training"] = dict(training)
+            if evaluator is not None:
+                found["held_out"] = evaluator.compare(f"round-{number}", before, after)
+            return found
+
+        inputs = {
+            "before": before.digest,
+            "after": after.digest,
+            "pairs": None if pairs is None else pairs.digest,
+            "training": dict(training or {}),
+            "evaluation": None if evaluator is None else evaluator.describe(),
+        }
+        self._reports.append(report(run, number, inputs, content))
+
+
+@dataclass(kw_only=True)
+class OnPolicy(Recipe):
+    """Options of recipes that sample in each round.
+
+    Attributes:
+        rounds: How many.
+        prompts_per_round: Prompts of each round; None: all, in equal parts.
+        sampling: How responses are drawn: a :class:`~fastpref.rounds.sampling.Sampling`, or a dict.
+        filter: Which of them count: a :class:`~fastpref.rounds.pairs.Filter`, or a dict.
+    """
+
+    rounds: int = 3
+    prompts_per_round: int | None = None
+    sampling: Any = field(default_factory=Sampling)
+    filter: Any = field(default_factory=Filter)
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        self._sampling = as_options(Sampling, self.sampling, "sampling")
+        self._filter = as_options(Filter, self.filter, "filter")
+        limit = self.training.get("max_length", PreferenceConfig.max_length)
+        longest = (self.max_prompt_tokens or 0) + self._sampling.max_new_tokens
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"max_prompt_tokens + sampling.max_new_tokens is {longest}, training.max_length is "
+                f"{limit}: responses would be cut before they are trained on. Lower the first two, "
+                "or raise training.max_length"
+            )
+
+    def parts(self, prompts: Rows) -> list[Rows]:
+        """The prompts of each round."""
+        return split_rounds(prompts, self.rounds, self.seed, self.prompts_per_round)
+
+
+def build(cls: type[Options], options: Mapping[str, Any], name: str) -> Options:
+    """A dataclass from a mapping.
+
+    Raises:
+        TypeError: an option is missing or does not exist; the message names the nearest.
+    """
+    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known)}."
+            raise TypeError(f"{name} has no option {option!r}.{hint}")
+    for option, f in known.items():
+        optional = f.default is not MISSING or f.default_factory is not MISSING
+        if not optional and option not in options:
+            raise TypeError(f"{name}: option {option!r} is missing")
+    return cls(**options)
+
+
+def as_options(cls: type[Options], given: Any, name: str) -> Options:
+    """``given`` as it is, or a mapping as the dataclass it is meant for."""
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: expected {cls.__name__} or its options, got {given!r}")
+    return build(cls, given, name)

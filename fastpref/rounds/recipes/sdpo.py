@@ -1,0 +1,196 @@
+"""sDPO: the preference data in stages; each stage's reference is the model of the stage before.
+
+Kim et al. 2024, arXiv:2403.19270.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fastpref.rounds.evaluation import Evaluator
+from fastpref.rounds.examples import load_dataset, read_examples
+from fastpref.rounds.policies import log_likelihoods
+from fastpref.rounds.recipe import Recipe
+from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
+from fastpref.rounds.training import Loss, first_loss, train
+
+Chunk = tuple[str, list[Row]]
+STORED = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(kw_only=True)
+class SDPO(Recipe):
+    """Stepwise DPO. One stage is DPO.
+
+    Attributes:
+        dataset: Pairs. By source: a mapping of names to datasets, in the order of the stages, or a
+            dataset with the column ``source_column``.
+        stages: ``"source"``: a stage for each source, in the order given; ``"easy_to_hard"``: by
+            the start model's reward accuracy on each, highest first; ``"fractions"``: one dataset,
+            shuffled and cut by ``fractions``.
+        fractions: Shares of the data, in the order of the stages; they sum to 1.
+        source_column: Where a row says its source.
+        loss: Of :mod:`fastpref.losses`.
+        probe: Number of held-out pairs that gamma_ref is measured on.
+    """
+
+    stages: str = "source"
+    fractions: Sequence[float] = (0.5, 0.5)
+    source_column: str = "source"
+    loss: str = "dpo"
+    probe: int = 64
+
+    def __post_init__(self) -> None:
+        """See :class:`Recipe`."""
+        super().__post_init__()
+        if self.stages not in ("source", "easy_to_hard", "fractions"):
+            raise ValueError(
+                f"stages must be 'source', 'easy_to_hard' or 'fractions', got {self.stages!r}"
+            )
+        if self.stages == "fractions" and (
+            min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6
+        ):
+            raise ValueError(f"fractions must be above 0 and sum to 1, got {self.fractions}")
+
+    def play(self, run: Run, start: Policy) -> Policy:
+        """See :meth:`Recipe.play`."""
+        chunks, held_out = self._chunks(run, start)
+        probe = read_examples(
+            held_out or [r for _, c in chunks for r in c],
+            run.tokenizer,
+            ("chosen", "rejected"),
+            self.max_prompt_tokens,
+        )
+        probe = given_rows(probe.rows[: self.probe])
+        evaluator: Evaluator | None = None
+        if self._judge is not None and held_out:
+            evaluator = self.evaluator(run, start, probe)
+        policy = start
+        for number, (source, rows) in enumerate(chunks, 1):
+            name = f"round-{number}"
+            gamma = gammas(run, f"{name}/gamma", policy, probe)
+            new = train(
+                run,
+                f"{name}/train",
+                rows,
+                start=policy,
+                reference=policy,
+                loss=Loss(self.loss, self.beta),
+                training=self._training,
+            )
+            shown: Row = {
+                "source": source,
+                "pairs": len(rows),
+                "gamma_ref": sum(gamma) / len(gamma),
+                "accuracy of the reference": accuracy(gamma),
+            }
+            begun = first_loss(new)
+            if begun is not None:
+                shown["first loss"] = begun
+            self.report(run, number, evaluator, policy, new, training=shown)
+            policy = self.made_policy(name, new)
+        return policy
+
+    def _chunks(self, run: Run, start: Policy) -> tuple[list[Chunk], list[Row]]:
+        """The stages' rows, and rows held out."""
+        chunks = self._sources()
+        held_out: list[Row] = []
+        if self.eval_dataset is not None:
+            held_out = list(load_dataset(self.eval_dataset))
+        elif self.held_out:
+            chunks, held_out = hold_out(chunks, self.held_out, self.seed)
+        if self.stages == "easy_to_hard":
+            chunks = self._by_accuracy(run, start, chunks)
+        return chunks, held_out
+
+    def _sources(self) -> list[Chunk]:
+        if isinstance(self.dataset, Mapping):
+            named = [(str(k), list(load_dataset(v))) for k, v in self.dataset.items()]
+        else:
+            rows = list(load_dataset(self.dataset))
+            if self.stages == "fractions":
+                named = list(
+                    zip(
+                        map(str, range(1, len(self.fractions) + 1)),
+                        cut(rows, self.fractions, self.seed),
+                        strict=True,
+                    )
+                )
+            else:
+                by_source: dict[str, list[Row]] = {}
+                for row in rows:
+                    if self.source_column not in row:
+                        raise ValueError(
+                            f"stages={self.stages!r} needs a dataset for each source, or a column "
+                            f"{self.source_column!r}; found {', '.join(row)}"
+                        )
+                    by_source.setdefault(str(row[self.source_column]), []).append(row)
+                named = list(by_source.items())
+        # A stage's reference is the model before it; numbers stored with the data are another's.
+        return [
+            (name, [{k: v for k, v in row.items() if k not in STORED} for row in rows])
+            for name, rows in named
+        ]
+
+    def _by_accuracy(self, run: Run, start: Policy, chunks: list[Chunk]) -> list[Chunk]:
+        found = []
+        for number, (_, rows) in enumerate(chunks, 1):
+            examples = read_examples(
+                rows, run.tokenizer, ("chosen", "rejected"), self.max_prompt_tokens
+            )
+            found.append(accuracy(gammas(run, f"accuracy/source-{number}", start, examples)))
+        return [chunks[i] for i in easy_to_hard(found)]
+
+
+def gammas(run: Run, name: str, policy: Policy, pairs: Rows) -> list[float]:
+    """``log pi(chosen) - log pi(rejected)`` of pairs under a policy, nats, as a stage."""
+    scored = log_likelihoods(run, name, policy, pairs)
+    return [row["logps"][0] - row["logps"][1] for row in scored]
+
+
+def accuracy(gamma: Sequence[float]) -> float:
+    """Share of pairs whose chosen response is the more likely one."""
+    return sum(value > 0 for value in gamma) / len(gamma)
+
+
+def easy_to_hard(accuracies: Sequence[float]) -> list[int]:
+    """Numbers of sources by falling accuracy; ties as they come."""
+    return sorted(range(len(accuracies)), key=lambda i: -accuracies[i])
+
+
+def cut(rows: Sequence[Row], fractions: Sequence[float], seed: int) -> list[list[Row]]:
+    """The rows, shuffled, in parts of these shares; every row once.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    bounds = [0]
+    for k in range(len(fractions)):
+        bounds.append(round(len(shuffled) * sum(fractions[: k + 1])))
+    parts = [shuffled[bounds[k] : bounds[k + 1]] for k in range(len(fractions))]
+    if not all(parts):
+        raise ValueError(
+            f"{len(shuffled)} rows cannot be cut by {tuple(fractions)}: a stage is empty"
+        )
+    return parts
+
+
+def hold_out(chunks: Sequence[Chunk], count: int, seed: int) -> tuple[list[Chunk], list[Row]]:
+    """The stages without ``count`` rows drawn from all of them, and those rows.
+
+    Raises:
+        ValueError: a stage would be left empty.
+    """
+    places = [(c, r) for c, (_, rows) in enumerate(chunks) for r in range(len(rows))]
+    kept = set(random.Random(seed).sample(places, min(count, len(places))))
+    left = [
+        (name, [row for r, row in enumerate(rows) if (c, r) not in kept])
+        for c, (name, rows) in enumerate(chunks)
+    ]
+    if not all(rows for _, rows in left):
+        raise ValueError(f"held_out={count} leaves a stage without pairs: lower it")
+    return left, [chunks[c][1][r] for c, r in sorted(kept)]

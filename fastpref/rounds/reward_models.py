@@ -1,0 +1,191 @@
+"""Scorers that are models: a reward model for one response, a ranker for two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.rounds.examples import prompt_text
+from fastpref.rounds.run import Row, Run, by_length, policy_of
+from fastpref.rounds.scorer import Score, Scorer, described, find
+
+
+class Classifier:
+    """A sequence-classification model with one output, and how texts get into it."""
+
+    def __init__(self, run: Run, model: str, max_length: int | None) -> None:
+        """Load it on the run's device."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            model, dtype=run.dtype, use_safetensors=True
+        )
+        if loaded.config.num_labels != 1:
+            raise ValueError(
+                f"{model} has {loaded.config.num_labels} outputs; a reward model has one"
+            )
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        loaded.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = loaded.to(run.device).eval()
+        self.size, self.max_length = run.batch_size, max_length
+
+    def text(self, prompt: Any, response: str) -> str:
+        """Prompt and response as the model's chat template has them; without one, end to end."""
+        if isinstance(prompt, str) or self.tokenizer.chat_template is None:
+            return prompt_text(prompt) + response
+        said = [*prompt, {"role": "assistant", "content": response}]
+        return str(self.tokenizer.apply_chat_template(said, tokenize=False))
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        """The model's output for each text, by batches of like length.
+
+        Raises:
+            ValueError: a text is longer than ``max_length``.
+        """
+        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        limit = self.max_length or getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(map(len, encoded))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"prompt and response have {longest} tokens, the model reads {limit}: lower "
+                "sampling.max_new_tokens or max_prompt_tokens"
+            )
+        found = [0.0] * len(texts)
+        for batch in by_length(list(map(len, encoded)), self.size):
+            padded = self.tokenizer.pad(
+                {"input_ids": [encoded[i] for i in batch]},
+                padding_side="right",
+                return_tensors="pt",
+            ).to(self.model.device)
+            logits = self.model(**padded).logits[:, 0].float().tolist()
+            for i, value in zip(batch, logits, strict=True):
+                found[i] = value
+        return found
+
+
+@dataclass
+class RewardModel(Scorer):
+    """A transformers sequence-classification model with one output.
+
+    Attributes:
+        model: Path or hub name.
+        max_length: Most tokens it reads; None: what its config says. Longer ones are an error.
+    """
+
+    kind = "reward_model"
+    model: str
+    max_length: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The model's digest."""
+        return {"kind": self.kind, "model": policy_of(self.model).digest}
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return Path(self.model).name
+
+    def open(self, run: Run) -> Score:
+        """The model's outputs."""
+        classify = Classifier(run, self.model, self.max_length)
+
+        def score(groups: Sequence[Row]) -> list[list[float]]:
+            texts = [classify.text(g["prompt"], r["text"]) for g in groups for r in g["responses"]]
+            found = iter(classify(texts))
+            return [[next(found) for _ in group["responses"]] for group in groups]
+
+        return score
+
+
+@dataclass
+class Ranker(Scorer):
+    """A judge of two responses; a response's score is its mean probability to beat the others.
+
+    Attributes:
+        function: ``(prompt, first, second) -> probability that the first is better``, or where it
+            is, as for :class:`Function`.
+        model: Instead: a sequence-classification model with one output, the log-odds that the first
+            response is better; it reads ``template`` filled in.
+        template: What the model reads; ``{prompt}``, ``{first}`` and ``{second}`` are replaced.
+        max_length: Most tokens the model reads.
+
+    Each pair is judged in both orders, and the mean counts: a judge's liking for the first place
+    does not.
+    """
+
+    kind = "ranker"
+    probability = True
+    function: Any = None
+    model: str | None = None
+    template: str = "{prompt}\n\nFirst answer: {first}\n\nSecond answer: {second}"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` unless there is one of function and model."""
+        if (self.function is None) == (self.model is None):
+            raise ValueError("ranker: give a function or a model, and not both")
+
+    def describe(self) -> dict[str, Any]:
+        """The function, or the model and its template."""
+        if self.model is None:
+            return {"kind": self.kind, **described(self.function)}
+        return {
+            "kind": self.kind,
+            "model": policy_of(self.model).digest,
+            "template": self.template,
+        }
+
+    @property
+    def name(self) -> str:
+        """Of the function or the model."""
+        if self.model is None:
+            return str(described(self.function)["function"])
+        return Path(self.model).name
+
+    def open(self, run: Run) -> Score:
+        """Mean probabilities over all pairs in both orders."""
+        beats = self._judge(run)
+
+        def score(groups: Sequence[Row]) -> list[list[float]]:
+            asked = [
+                (g["prompt"], a["text"], b["text"])
+                for g in groups
+                for a in g["responses"]
+                for b in g["responses"]
+                if a is not b
+            ]
+            answers = iter(beats(asked) if asked else [])
+            found = []
+            for group in groups:
+                size = len(group["responses"])
+                wins = [[0.5] * size for _ in range(size)]
+                given = {(i, j): next(answers) for i in range(size) for j in range(size) if i != j}
+                for (i, j), p in given.items():
+                    wins[i][j] = (p + 1 - given[j, i]) / 2
+                rest = max(size - 1, 1)
+                found.append([(sum(row) - 0.5) / rest if size > 1 else 0.5 for row in wins])
+            return found
+
+        return score
+
+    def _judge(self, run: Run) -> Callable[[Sequence[tuple[Any, str, str]]], list[float]]:
+        if self.model is None:
+            function = find(self.function)
+            return lambda asked: [float(function(*one)) for one in asked]
+        classify = Classifier(run, self.model, self.max_length)
+
+        def judge(asked: Sequence[tuple[Any, str, str]]) -> list[float]:
+            texts = [
+                self.template.format(prompt=prompt_text(prompt), first=first, second=second)
+                for prompt, first, second in asked
+            ]
+            return torch.tensor(classify(texts)).sigmoid().tolist()
+
+        return judge

@@ -1,0 +1,156 @@
+"""What a response is worth: the base of all scorers, and functions by name.
+
+Every scorer scores groups, a prompt with its responses, as a stage of a run. Equal responses to one
+prompt are scored once, a stage is never made twice, and a batch whose scorer fails costs only
+itself: the scores before it are kept, and the next start goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpref.rounds.run import Row, Rows, Run, by_length
+
+Score = Callable[[Sequence[Row]], list[list[float]]]
+"""Groups in; a number for each response out."""
+
+
+class Scorer:
+    """Base of the scorers: a number for each response of each group, as a stage.
+
+    A subclass says what it is (``describe``) and loads what it needs (``open``).
+    """
+
+    kind = ""
+    """Name in a config."""
+    probability = False
+    """Of two responses, the first's score is the probability that it is the better one."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the scores depend on beside the responses, as JSON can hold it."""
+        raise NotImplementedError
+
+    def open(self, run: Run) -> Score:
+        """Load what is needed, and return the function that scores."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """For tables and messages."""
+        return self.kind
+
+    def score(self, run: Run, name: str, groups: Rows) -> Rows:
+        """Scores of the responses of ``groups``, as a stage.
+
+        Args:
+            run: The run.
+            name: Of the stage.
+            groups: Rows with ``id``, ``prompt``, ``prompt_ids`` and ``responses``.
+
+        Returns:
+            A row ``{"id", "scores": [...]}`` for each group.
+
+        Raises:
+            ValueError: a score is not a finite number.
+            RuntimeError: the scorer failed; what it had scored is kept.
+        """
+        rows = groups.rows
+        sizes = [sum(len(r["text"]) for r in row["responses"]) for row in rows]
+        most = max((len(row["responses"]) for row in rows), default=1)
+        batches = by_length(sizes, max(run.batch_size // max(most, 1), 1))
+
+        def open() -> Any:
+            score = self.open(run)
+
+            def work(number: int, indices: Sequence[int]) -> list[Row]:
+                chunk = [rows[i] for i in indices]
+                done = sum(map(len, batches[:number]))
+                try:
+                    found = _once(score, chunk)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"{self.name} failed in {name}, after {done} of {len(rows)} prompts: "
+                        f"{type(error).__name__}: {error}. The scores before are kept: the same "
+                        "command goes on from there once the cause is mended"
+                    ) from error
+                return [self._checked(row, own) for row, own in zip(chunk, found, strict=True)]
+
+            return work
+
+        inputs = {"scorer": self.describe(), "responses": groups.digest}
+        return run.batches(name, inputs, batches, open, f"scoring with {self.name}")
+
+    def _checked(self, row: Row, scores: Sequence[float]) -> Row:
+        for response, score in zip(row["responses"], scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"{self.name} gave the score {score} to prompt {row['id']} with the response "
+                    f"{response['text'][:80]!r}. A score must be a finite number: mend the scorer "
+                    "(a reward model that returns NaN is often fp16 out of its range: load it in "
+                    "bf16 or fp32). The scores before are kept"
+                )
+        return {"id": row["id"], "scores": [float(score) for score in scores]}
+
+
+def _once(score: Score, groups: Sequence[Row]) -> list[list[float]]:
+    """The scores of groups whose equal responses are shown once."""
+    shown, places = [], []
+    for group in groups:
+        by_text: dict[str, int] = {}
+        different = []
+        for response in group["responses"]:
+            if response["text"] not in by_text:
+                by_text[response["text"]] = len(different)
+                different.append(response)
+        shown.append({**group, "responses": different})
+        places.append([by_text[response["text"]] for response in group["responses"]])
+    filled = [group for group in shown if group["responses"]]
+    found = score(filled) if filled else []
+    if [len(own) for own in found] != [len(group["responses"]) for group in filled]:
+        raise ValueError("the scorer did not return one number for each response")
+    own = iter(found)
+    scores = [next(own) if group["responses"] else [] for group in shown]
+    return [[values[i] for i in place] for values, place in zip(scores, places, strict=True)]
+
+
+def find(function: Any) -> Callable[..., Any]:
+    """The function that ``"module:name"`` or ``"file.py:name"`` names; a function as it is.
+
+    Raises:
+        ValueError: there is no such module, file or name.
+    """
+    if callable(function):
+        return function  # type: ignore[no-any-return]
+    where, _, name = str(function).rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, name)  # type: ignore[no-any-return]
+    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{function!r} names no function ({error}): write 'module:name' or 'file.py:name'"
+        ) from error
+
+
+def described(function: Any) -> dict[str, str]:
+    """Name of a function and digest of its source, for a stage's inputs."""
+    found = find(function)
+    try:
+        source = inspect.getsource(found)
+    except (OSError, TypeError):
+        source = ""
+    where = getattr(found, "__qualname__", type(found).__qualname__)
+    return {"function": where, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
