@@ -57,6 +57,11 @@ class Loop(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore what a checkpoint holds beside transformers' own, and check the model."""
         trainer = self.trainer
+        if args.fsdp and not trainer.is_fsdp_enabled:
+            raise ValueError(
+                "fsdp is set, but Accelerate shards no model on a CPU: every process would train a "
+                "whole one. Drop fsdp, or run on accelerators"
+            )
         self.stopping = False
         if self.resumed is not None:
             self._restore(self.resumed)

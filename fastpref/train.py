@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from fastpref.cli import command
@@ -155,6 +156,8 @@ def main(argv: Sequence[str]) -> int:
     """Trains; 0."""
     data, model, config = parse(argv)
     run(data, model, config)
+    # Threads of a group that is still there may abort a process that ends.
+    PartialState().destroy_process_group()
     return 0
 
 

@@ -134,5 +134,4 @@ if __name__ == "__main__":
     result = run(target)
     if RANK == 0:
         (target / "result.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    makers.leave()

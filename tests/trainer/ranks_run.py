@@ -92,3 +92,4 @@ if __name__ == "__main__":
     result["sharded"] = sharded()
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))
+    makers.leave()

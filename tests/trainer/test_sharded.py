@@ -44,3 +44,5 @@ def test_two_shards_train_as_one_process(tmp_path: Path) -> None:
         for ours, alone in zip(two[f"tied {tied}"], one, strict=True):
             assert ours == pytest.approx(alone, rel=1e-5)
     assert two["resumed"] == two["tied False"]
+    # without the detour of the script Accelerate would train whole models, and say nothing
+    assert two["refused"].startswith("fsdp is set, but Accelerate shards no model on a CPU")
