@@ -21,7 +21,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import shlex
@@ -32,6 +31,11 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+
+from fastpref.bench import append
+from fastpref.provenance import commit, device_name, versions
 
 
 class Mix(NamedTuple):
@@ -104,7 +108,6 @@ def pairs(asked: argparse.Namespace) -> Any:
 
 def make_model(folder: Path) -> None:
     """Save a small random model and a tokenizer of as many words as the head has rows."""
-    import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -136,7 +139,6 @@ def work(name: str, asked: argparse.Namespace, model: str, pipe: Connection) -> 
     """Train in this process, a step each time the other end says so."""
     import importlib
 
-    import torch
     import transformers
 
     torch.set_num_threads(asked.threads)
@@ -218,8 +220,6 @@ def race(asked: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:
 
 def rows(asked: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each system whose losses are TRL's."""
-    from fastpref import bench
-
     base = found.get(BASELINE)
     made = []
     for name, got in found.items():
@@ -231,7 +231,7 @@ def rows(asked: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[di
             "model": asked.model or f"random Llama, 4 layers, H=576, V={VOCAB:,}, tied",
             "pairs_per_step": asked.batch,
             "steps": len(seconds),
-            "device": f"{bench.device_name('wall').split(',')[0]}, {asked.threads} threads",
+            "device": device_name("wall"),
             "measured": True,
             "seconds_per_step": round(statistics.median(seconds), 3),
             "seconds_spread": round(max(seconds) - min(seconds), 3),
@@ -255,23 +255,18 @@ def rows(asked: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[di
                 )
                 continue
         row |= {
-            "versions": {"python": platform.python_version(), **_versions()},
-            "commit": bench.commit(),
+            "versions": versions("cpu", "transformers", "trl"),
+            "commit": commit(),
             "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
         }
         made.append(row)
     return made
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("fastpref", "torch", "transformers", "trl")}
-
-
 def main() -> int:
     """Race, print the rows, and keep them if asked to."""
     asked = parse()
+    torch.set_num_threads(asked.threads)
     with tempfile.TemporaryDirectory() as folder:
         if not asked.model:
             make_model(Path(folder))
@@ -280,8 +275,6 @@ def main() -> int:
     for row in made:
         print(json.dumps({k: v for k, v in row.items() if k not in ("versions", "command")}))
     if asked.out and made:
-        from fastpref.bench import append
-
         append(asked.out, made)
     return int(len(made) < len(found))
 

@@ -53,7 +53,10 @@ def _output(command: list[str], directory: Path) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` if it was edited since; ``unknown`` outside one."""
+    """The checkout's commit, with ``-dirty`` if it was edited since, measured rows aside;
+    ``unknown`` outside a checkout."""
     here = Path(__file__).parent
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return _output(asked, here) or "unknown"
+    name = _output(["git", "rev-parse", "--short=12", "HEAD"], here)
+    edited = ["git", "status", "--porcelain", "--untracked-files=no", "--"]
+    dirty = _output([*edited, ":/", ":(top,exclude)benchmarks/results"], here)
+    return f"{name}{'-dirty' if dirty else ''}" if name else "unknown"
