@@ -329,3 +329,28 @@ def test_a_corrupted_context_must_be_one(
         build("mdpo", lambda prompt: [])
     with pytest.raises(ValueError, match="corrupt_context has no effect on dpo"):
         build("dpo", corrupted)
+
+
+def test_metrics_of_a_group_are_those_of_its_best_and_worst(
+    make: Any,
+    tokenizer: Any,
+    options: Callable[..., dict[str, Any]],
+    truth: Callable[[str], Truth],
+) -> None:
+    fields = {name: x.detach() for name, x in truth("group").fields.items()}
+    found = trainer_of(make, tokenizer, options, "nca").evaluate(rows_of("group"))
+    pairs = []
+    for scores, mask, logps, ref in zip(
+        *(fields[name].tolist() for name in ("scores", "mask", "logps", "ref_logps")), strict=True
+    ):
+        ranked = sorted((s, p, r) for s, m, p, r in zip(scores, mask, logps, ref, strict=True) if m)
+        pairs.append((ranked[-1], ranked[0]))
+    rewards = [[0.1 * (p - r) for _, p, r in pair] for pair in pairs]
+    expected = {
+        "rewards/chosen": sum(best for best, _ in rewards) / SIZE,
+        "rewards/margins": sum(best - worst for best, worst in rewards) / SIZE,
+        "rewards/accuracies": sum(best > worst for best, worst in rewards) / SIZE,
+        "logps/rejected": sum(worst[1] for _, worst in pairs) / SIZE,
+    }
+    for key, value in expected.items():
+        assert found[f"eval_{key}"] == pytest.approx(value, rel=1e-4, abs=1e-5), key
