@@ -25,10 +25,10 @@ _HOME = {
     "CPOConfig": "config",
     "ORPOConfig": "config",
     "PreferenceTrainer": "trainer",
-    "DPOTrainer": "trainer",
-    "KTOTrainer": "trainer",
-    "CPOTrainer": "trainer",
-    "ORPOTrainer": "trainer",
+    "DPOTrainer": "presets",
+    "KTOTrainer": "presets",
+    "CPOTrainer": "presets",
+    "ORPOTrainer": "presets",
     "__version__": "_version",
 }
 

@@ -31,7 +31,7 @@ from fastpref.batches import (
     make_collator,
     prepare_dataset,
 )
-from fastpref.config import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, PreferenceConfig
+from fastpref.config import PreferenceConfig
 from fastpref.contrast import NEEDS, against
 from fastpref.data.formats import RESPONSES
 from fastpref.heads import Head
@@ -176,6 +176,11 @@ class PreferenceTrainer(ResumableTrainer):
         if self.combined.coupled:
             logger.info("the loss couples the examples of a micro-batch, over all ranks")
         self._settle_reference()
+
+    @property
+    def ref_model(self) -> Any:
+        """As in TRL: the reference's model; None if it has none of its own, or was freed."""
+        return next(iter(self.reference.models), None)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Without Accelerate's compiler: it would trace the hooks on the head once and for all."""
@@ -373,27 +378,3 @@ class PreferenceTrainer(ResumableTrainer):
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})
-
-
-class DPOTrainer(PreferenceTrainer):
-    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``DPOTrainer``."""
-
-    config_class = DPOConfig
-
-
-class KTOTrainer(PreferenceTrainer):
-    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``KTOTrainer``."""
-
-    config_class = KTOConfig
-
-
-class CPOTrainer(PreferenceTrainer):
-    """:class:`PreferenceTrainer` with the options of TRL 1.16's ``CPOTrainer``."""
-
-    config_class = CPOConfig
-
-
-class ORPOTrainer(PreferenceTrainer):
-    """:class:`PreferenceTrainer` with the defaults of TRL 1.16's ``ORPOTrainer``."""
-
-    config_class = ORPOConfig

@@ -204,3 +204,25 @@ def test_unpaired_data_may_bring_the_references_sums(
     rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
     for logp, reward in zip(scored, rewards, strict=True):
         assert reward == pytest.approx(0.1 * (logp + 9.5), rel=1e-4)
+
+
+def test_ref_model_is_where_trl_scripts_look_for_it(
+    make: Any, tokenizer: Any, options: Callable[..., dict[str, Any]]
+) -> None:
+    for given, expected in ((make.model(1), torch.nn.Module), (None, torch.nn.Module)):
+        trainer = fastpref.DPOTrainer(
+            make.model(),
+            given,
+            args=fastpref.DPOConfig(**options()),
+            train_dataset=make.pairs(4),
+            processing_class=tokenizer,
+        )
+        assert isinstance(trainer.ref_model, expected)
+        assert given is None or trainer.ref_model is given
+    trainer = fastpref.ORPOTrainer(
+        make.model(),
+        args=fastpref.ORPOConfig(**options()),
+        train_dataset=make.pairs(4),
+        processing_class=tokenizer,
+    )
+    assert trainer.ref_model is None
