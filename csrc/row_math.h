@@ -142,10 +142,13 @@ FASTPREF_INLINE c logit(c x, c bias, c scale, c softcap, c inverse_softcap) {
   return kCapped ? softcap * tanh_exact(z * inverse_softcap) : z;
 }
 
-// dz/d(uncapped z) = 1 - (z / softcap)^2, with less cancellation.
+// dz/d(uncapped z) = 1 - (z / softcap)^2, with less cancellation. The second line makes t the
+// rounded quotient (with fused multiply-adds): at the cap it is 1, and the slope 0, exactly.
 template <class c>
-FASTPREF_INLINE c cap_slope(c z, c inverse_softcap) {
-  const c t = z * inverse_softcap;
+FASTPREF_INLINE c cap_slope(c z, c softcap) {
+  const c inverse = c(1) / softcap;  // out of the caller's loop
+  c t = z * inverse;
+  t += (z - t * softcap) * inverse;
   return (c(1) - t) * (c(1) + t);
 }
 
@@ -194,9 +197,9 @@ FASTPREF_INLINE c weigh(c p, c x) {
 }
 
 // Everything from a = log R + M - z_y. R = 0 gives a = -inf, and with it logp = q = coef = 0.
-// inverse_softcap is 0 where there is no cap.
+// softcap is 0 where there is no cap.
 template <class c>
-FASTPREF_INLINE Finished<c> finish(const Row<c>& row, int64_t vocab_size, c inverse_softcap) {
+FASTPREF_INLINE Finished<c> finish(const Row<c>& row, int64_t vocab_size, c softcap) {
   const c log_sum = std::log(row.sum);
   c a = (row.max - row.target) + log_sum;
   // log_softmax of an infinite logit is NaN, never a certainty
@@ -209,7 +212,7 @@ FASTPREF_INLINE Finished<c> finish(const Row<c>& row, int64_t vocab_size, c inve
   const c other = (a > c(0) ? c(1) : e) / (c(1) + e);
   Finished<c> f;
   f.logp = logp;
-  f.q = inverse_softcap > c(0) ? other * cap_slope(row.target, inverse_softcap) : other;
+  f.q = softcap > c(0) ? other * cap_slope(row.target, softcap) : other;
   f.coef = other == c(0) ? c(0) : other / row.sum;
   f.entropy = -(weigh(p, logp) + weigh(other, log_other - log_sum) + weigh(f.coef, row.weighted));
   f.lse = a < c(0) ? row.target - logp : (row.max + log_sum) - log_other;

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastpref.disk import sync
+
 MANIFEST = "manifest.json"
 
 
@@ -97,7 +99,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         sums = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
         (fresh / MANIFEST).write_text(json.dumps(sums, indent=1))
         for path in fresh.iterdir():
-            _sync(path)
+            sync(path)
         if not _intact(target):  # else another process was first
             if target.exists():
                 target.rename(Path(scratch) / "broken")
@@ -112,11 +114,6 @@ def _intact(directory: Path) -> bool:
         return all(sha256(directory / name) == value for name, value in sums.items())
     except (OSError, ValueError):
         return False
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def fetch(package: Package, into: Path) -> Path:

@@ -291,6 +291,17 @@ def columns_of(*datasets: Any) -> set[str]:
     return set.intersection(*found)
 
 
+def refuse_splits(dataset: Any, name: str) -> None:
+    """Raise ``TypeError`` for several datasets by name where one is expected: argument ``name``."""
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(repr, dataset)) or "none"
+        first = next(iter(dataset), "train")
+        raise TypeError(
+            f"{name}: expected one dataset, got a {type(dataset).__name__} with the splits {names}"
+            f". Pass one of them: {name}=dataset[{first!r}]"
+        )
+
+
 def each(change: Callable[[Any, str], Any], dataset: Any, name: str) -> Any:
     """``change(dataset, name)``; of a dict of datasets, each by its key; of None, None."""
     if isinstance(dataset, Mapping):

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastpref.disk import sync, write_text
+
 logger = logging.getLogger("fastpref")
 
 MANIFEST = "fastpref.json"
@@ -26,13 +28,7 @@ STAGING = ".saving"
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that ``path`` holds either all of it or what it held before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    write_text(path, json.dumps(content))
 
 
 def manifest(folder: Path) -> dict[str, Any] | None:
@@ -161,9 +157,9 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
     files = [p for p in folder.rglob("*") if p.is_file()]
     sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
     for path in files:
-        _sync(path)
+        sync(path)
     for path in [p for p in folder.rglob("*") if p.is_dir()]:
-        _sync(path)
+        sync(path)
     write_json(folder / MANIFEST, {**content, "saved_at": time.time(), "files": sizes})
 
 
@@ -172,15 +168,7 @@ def publish(folder: Path, target: Path) -> None:
     if target.exists():
         target.replace(folder.with_name("replaced"))
     folder.replace(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 class Interrupt:

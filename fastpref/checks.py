@@ -6,10 +6,12 @@ graph checks them as it runs, and says what is wrong without the numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,17 +51,9 @@ def projection(
         ValueError: Shapes or devices disagree, or ``rows`` are out of range or not unique.
         TypeError: Wrong or mixed dtypes.
     """
-    given = (hidden, weight, targets, bias, rows)
-    for name, x in zip((*names, "rows"), given, strict=True):
-        if x is None and name in (names.bias, "rows"):
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {x.device}, {names.hidden} is on {hidden.device}: move both to one "
-                "device"
-            )
+    given = {names.hidden: hidden, names.weight: weight, names.targets: targets}
+    optional = {names.bias: bias, "rows": rows}
+    tensors(**given, **{name: x for name, x in optional.items() if x is not None})
     hidden, weight = autocast(hidden), autocast(weight)
     bias = None if bias is None else autocast(bias)
     _dtypes(hidden, weight, targets, bias, rows, names)
@@ -67,6 +61,44 @@ def projection(
     if rows is not None:
         check_rows(rows, targets.numel())
     return hidden, weight, bias
+
+
+def tensors(**given: Any) -> None:
+    """Tensors, all on the device of the first, outside ``torch.func``.
+
+    Raises:
+        TypeError: One is no tensor.
+        ValueError: Devices differ.
+        RuntimeError: Within a transform of ``torch.func``.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "fastpref ops do not run under torch.func transforms (grad, vmap, jvp, ...): call "
+            "backward() or torch.autograd.grad instead"
+        )
+    first, like = next(iter(given.items()))
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.device != like.device:
+            raise ValueError(
+                f"{name} is on {x.device}, {first} is on {like.device}: move both to one device"
+            )
+
+
+def no_tangents(*given: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, whose tangents a registered op would drop.
+
+    Raises:
+        RuntimeError: A tensor carries a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    dual: Any = fwAD.unpack_dual
+    if any(x is not None and dual(x).tangent is not None for x in given):
+        raise RuntimeError(
+            "fastpref ops have no forward-mode derivative: use backward(), or backend='reference'"
+        )
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -121,20 +153,26 @@ def _shapes(
 
 
 def check_options(
-    softcap: float | None, memory_budget: int | None, process_group: Any, backend: str
+    softcap: float | None,
+    memory_budget: int | None,
+    process_group: Any = None,
+    backend: str = "auto",
+    scale: float | Tensor = 1.0,
+    ignore_index: Any = -100,
 ) -> None:
-    """Options that are not tensors, and transforms that cannot be served."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "fastpref ops do not run under torch.func transforms (grad, vmap, jvp, ...): call "
-            "backward() or torch.autograd.grad instead"
-        )
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    """Options that are not tensors."""
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError("scale: it gets no gradient; multiply hidden (and bias) by it instead")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive, finite number or None, got {softcap}")
     if memory_budget is not None and not isinstance(memory_budget, (int, torch.SymInt)):
         raise TypeError(f"memory_budget: expected bytes as an int, got {memory_budget!r}")
-    if memory_budget is not None and memory_budget < 0:
+    if memory_budget is not None and not 0 <= memory_budget < 2**63:
         raise ValueError(f"memory_budget: expected bytes >= 0 or None, got {memory_budget}")
+    if process_group is not None and not hasattr(process_group, "group_name"):
+        raise TypeError(f"process_group: expected a torch.distributed group, got {process_group!r}")
     if process_group is not None and backend == "reference":
         raise ValueError("process_group: backend='reference' needs the whole weight")
 
@@ -171,9 +209,8 @@ def check_rows(rows: Tensor, num_rows: int) -> None:
 
 def check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
     """Boundaries of packed sequences that cover ``n`` tokens."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        got = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
-        raise TypeError(f"cu_seqlens: expected an int32 tensor, got {got}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: expected an int32 tensor, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(
             f"cu_seqlens: expected shape (num_sequences + 1,), got {tuple(cu_seqlens.shape)}"
@@ -188,8 +225,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
     )
 
 
+def check_token_weights(token_weights: Tensor, targets: Tensor) -> None:
+    """One weight for each target."""
+    tensors(targets=targets, token_weights=token_weights)
+    if token_weights.shape != targets.shape:
+        raise ValueError(
+            f"token_weights: expected shape {tuple(targets.shape)}, got "
+            f"{tuple(token_weights.shape)}"
+        )
+
+
 def check_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> None:
     """The arguments of ``preference_margins``."""
+    tensors(logps=logps, ref_logps=ref_logps, cu_seqlens=cu_seqlens, pairs=pairs)
     for name, x in (("logps", logps), ("ref_logps", ref_logps)):
         if x.dtype not in (torch.float32, torch.float64) or x.dim() != 1:
             raise TypeError(

@@ -44,6 +44,24 @@ def native_bf16() -> bool:
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_tokens_per_batch": 1,
+    "max_bad_rows": 0,
+    "precompute_ref_batch_size": 1,
+    "ref_model_sync_steps": 1,
+}
+
+
+def _whole(value: int | str, name: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: expected a whole number, or 'none'") from None
+
+
 @config
 class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     """Options of :class:`fastpref.PreferenceTrainer`: ``TrainingArguments``, TRL 1.16's, and ours.
@@ -80,7 +98,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
 
     # the model
     model_init_kwargs: dict[str, Any] | str | None = _option(
-        None, "Keyword arguments for from_pretrained, where the model is given by name."
+        None,
+        "Keyword arguments for from_pretrained, where the model is given by name; its tokenizer "
+        "takes the revision.",
     )
     trust_remote_code: bool = _option(False, "Run Python code that ships with a model.")
     router_aux_loss_coef: float | None = _option(
@@ -175,7 +195,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         if self.pad_to_multiple_of in ("auto", "none", "None"):
             self.pad_to_multiple_of = None
         elif self.pad_to_multiple_of is not None:
-            self.pad_to_multiple_of = int(self.pad_to_multiple_of)
+            self.pad_to_multiple_of = _whole(self.pad_to_multiple_of, "pad_to_multiple_of")
         super().__post_init__()
         if self.activation_offloading:
             if not self.gradient_checkpointing:
@@ -225,8 +245,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("loss_args", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name}={value!r}: expected a JSON object in braces")
-        least = {"gradient_accumulation_steps": 1, "max_tokens_per_batch": 1, "max_bad_rows": 0}
-        for name, low in least.items():
+        for name, low in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if self.num_train_epochs < 0 and self.max_steps <= 0:
@@ -234,8 +253,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
                 f"num_train_epochs={self.num_train_epochs} and max_steps={self.max_steps} train "
                 "nothing: make one of them positive"
             )
-        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
-            raise ValueError(f"ld_alpha must be in [0, 1], got {self.ld_alpha}")
+        for name in ("ld_alpha", "ref_model_mixup_alpha"):
+            if (share := getattr(self, name)) is not None and not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(
                 f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}"

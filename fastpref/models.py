@@ -23,7 +23,7 @@ def options_for(model: Any, given: Any, kind: type[PreferenceConfig]) -> Prefere
         TypeError: What is given is no config of this package.
     """
     if given is None:
-        return kind(output_dir=f"{Path(_name_of(model)).name or 'model'}-preference")
+        return kind(output_dir=f"{Path(name_of(model)).name or 'model'}-preference")
     if not isinstance(given, PreferenceConfig):
         found = type(given)
         raise TypeError(
@@ -33,11 +33,33 @@ def options_for(model: Any, given: Any, kind: type[PreferenceConfig]) -> Prefere
     return given
 
 
-def _name_of(model: Any) -> str:
+def name_of(model: Any) -> str:
     """The name or path that a model has, or was loaded by; empty if it was made otherwise."""
     if isinstance(model, str):
         return model
     return getattr(getattr(causal_lm(model), "config", None), "_name_or_path", "")
+
+
+def _not_had(name: str, error: Exception) -> FileNotFoundError | None:
+    """What to raise where a name is no folder and the hub did not answer, or has no such model."""
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cause = error.__cause__
+    if isinstance(cause, RevisionNotFoundError):
+        return FileNotFoundError(f"{name}: the hub has no such revision of it. Check 'revision'")
+    if not isinstance(cause, (LocalEntryNotFoundError, RepositoryNotFoundError)):
+        return None
+    offline = isinstance(cause, LocalEntryNotFoundError)
+    found = "the hub could not be reached" if offline else "the hub shows no model of this name"
+    return FileNotFoundError(
+        f"{name}: no such folder, and {found}. Check the spelling"
+        f"{' and the network' if offline else ''}; give the path of a folder with a model that "
+        "was downloaded; for a private or gated model, run `hf auth login` first"
+    )
 
 
 def _folder(name: str) -> str:
@@ -62,11 +84,11 @@ def load_tokenizer(model: Any, *, trust_remote_code: bool = False, **options: An
 
     Raises:
         ValueError: Where the model comes from is not known, or there is no tokenizer.
-        FileNotFoundError: The model's path is not there.
+        FileNotFoundError: The model's path is not there, or the hub does not give it.
     """
     from transformers import AutoTokenizer
 
-    name = _name_of(model)
+    name = name_of(model)
     if not name:
         raise ValueError(
             f"processing_class: this {type(causal_lm(model)).__name__} was not loaded by name, so "
@@ -76,6 +98,8 @@ def load_tokenizer(model: Any, *, trust_remote_code: bool = False, **options: An
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
+        if (missing := _not_had(name, error)) is not None:
+            raise missing from error
         raise ValueError(
             f"processing_class: no tokenizer could be loaded from {name}: pass "
             f"processing_class=tokenizer, or save one there ({error})"
@@ -95,7 +119,7 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
     Raises:
         ValueError: ``quantization_config`` is given twice, there is no such dtype, or the weights
             are damaged, or pickled.
-        FileNotFoundError: The path is not there, or holds no model.
+        FileNotFoundError: The path is not there, or holds no model, or the hub does not give it.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -105,7 +129,8 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
         raise ValueError(
             "quantization_config is given to the trainer and in model_init_kwargs; give it once"
         )
-    dtype = given.get("dtype", torch.bfloat16 if frozen and native_bf16() else torch.float32)
+    dtype = torch.bfloat16 if frozen and native_bf16() else torch.float32
+    dtype = given.get("dtype", options.get("dtype", dtype))
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16, float16 or auto")
@@ -121,6 +146,8 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
             "it again"
         ) from error
     except OSError as error:
+        if (missing := _not_had(name, error)) is not None:
+            raise missing from error
         if not any(Path(path).glob("pytorch_model*.bin")) or not kwargs["use_safetensors"]:
             raise
         raise ValueError(

@@ -85,11 +85,11 @@ def linear_logprobs(
         ``docs/decisions.md``.
     """
     hidden, weight, bias = checks.projection(hidden, weight, targets, bias, rows)
-    checks.check_options(softcap, memory_budget, process_group, backend)
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()  # the kernels and products read whole rows
+    checks.check_options(softcap, memory_budget, process_group, backend, scale, ignore_index)
     shape, num_rows = targets.shape, targets.numel()
     flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
+    flat, weight = _with_whole_rows(flat), _with_whole_rows(weight)
+    bias = None if bias is None else bias.contiguous()
     if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != ignore_index
         rows = None if counted.all() else counted.nonzero()[:, 0]
@@ -109,6 +109,11 @@ def linear_logprobs(
     if stats is None:
         return place(logp)
     return place(logp), TokenStats(*(place(s) for s in stats))
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """``x``, or a copy if the entries of a row are not side by side, as kernels read them."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _project(
@@ -137,6 +142,7 @@ def _project(
             ignore_index=ignore_index,
         )
         return logp, stats if with_stats else None
+    checks.no_tangents(hidden, weight, bias)
     outputs = registered.linear_logprobs(
         *(hidden, weight, bias, targets, float(scale), float(softcap or 0.0), ignore_index),
         *(backend, memory_budget),
@@ -225,19 +231,28 @@ def linear_cross_entropy(
     )
     assert isinstance(logp, Tensor)
     loss = -logp
-    counted = target != ignore_index
-    if rows is not None:
-        listed = torch.zeros_like(target, dtype=torch.bool).view(-1).index_fill(0, rows, True)
-        counted = counted & listed.view(target.shape)
+    counted = _counted(target, ignore_index, rows)
     if label_smoothing:
+        # autocast's dtype, and nothing of the rows that do not count, NaN least of all
+        hidden, weight, bias = checks.projection(input, linear_weight, target, linear_bias)
+        hidden = hidden.masked_fill(~counted[..., None], 0.0)
         gap = target_minus_mean_logit(
-            *(input, linear_weight, linear_bias, target.masked_fill(~counted, 0), scale, softcap)
+            *(hidden, weight, bias, target.masked_fill(~counted, 0), scale, softcap, memory_budget)
         )
         loss = loss + label_smoothing * gap.masked_fill(~counted, 0.0)
     if reduction == "none":
         return loss
     total = loss.sum()
     return total / counted.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def _counted(targets: Tensor, ignore_index: int, rows: Tensor | None) -> Tensor:
+    """Which targets are scored: not ignored, and listed where rows are."""
+    counted = targets != ignore_index
+    if rows is None:
+        return counted
+    listed = torch.zeros_like(targets, dtype=torch.bool).view(-1).index_fill(0, rows, True)
+    return counted & listed.view(targets.shape)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -262,6 +277,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
     Numerics:
         Accumulates in float64; deterministic; no host sync on CUDA.
     """
+    checks.tensors(values=values, cu_seqlens=cu_seqlens)
     if values.dtype not in (torch.float32, torch.float64) or values.dim() != 1:
         raise TypeError(
             f"values: expected a 1-D fp32 or float64 tensor, got {values.dtype} of shape "
@@ -270,7 +286,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor, *, backend: str = "auto") ->
     checks.check_cu_seqlens(cu_seqlens, values.shape[0])
     if backend == "reference":
         return reference.segment_sum(values, cu_seqlens)
-    total: Tensor = registered.sequence_sum(values, cu_seqlens, backend)
+    checks.no_tangents(values)
+    total: Tensor = registered.sequence_sum(values, cu_seqlens.contiguous(), backend)
     return total
 
 
@@ -289,8 +306,8 @@ def sequence_logprobs(
     """Log-probability of each sequence of a packed batch, in nats.
 
     Equals ``segment_sum(token_weights * linear_logprobs(hidden, weight, targets), cu_seqlens)``;
-    with ``reduction="mean"`` divided by the sequence's number of targets that are not
-    ``ignore_index``.
+    with ``reduction="mean"`` divided by the sequence's number of targets that are scored: not
+    ``ignore_index``, and listed in ``rows`` if given.
 
     Args:
         hidden: Shape ``(n, H)``: the tokens of all sequences, one after the other.
@@ -318,6 +335,7 @@ def sequence_logprobs(
         raise TypeError(
             "sequence_logprobs has no return_stats; call linear_logprobs and segment_sum"
         )
+    checks.tensors(targets=targets, cu_seqlens=cu_seqlens)
     if targets.dim() != 1:
         raise ValueError(f"targets: expected shape (n,), got {tuple(targets.shape)}")
     checks.check_cu_seqlens(cu_seqlens, targets.shape[0])
@@ -326,16 +344,12 @@ def sequence_logprobs(
     )
     assert isinstance(logps, Tensor)
     if token_weights is not None:
-        if token_weights.shape != targets.shape:
-            raise ValueError(
-                f"token_weights: expected shape {tuple(targets.shape)}, got "
-                f"{tuple(token_weights.shape)}"
-            )
+        checks.check_token_weights(token_weights, targets)
         logps = logps * token_weights.to(logps.dtype)
     total = segment_sum(logps, cu_seqlens, backend=backend)
     if reduction == "sum":
         return total
-    counted = (targets != ignore_index).to(total.dtype)
+    counted = _counted(targets, ignore_index, options.get("rows")).to(total.dtype)
     return total / segment_sum(counted, cu_seqlens, backend=backend).clamp(min=1.0)
 
 
@@ -374,7 +388,8 @@ def preference_margins(
     checks.check_margins(logps, ref_logps, cu_seqlens, pairs)
     if backend == "reference":
         return reference.preference_margins(logps, ref_logps, cu_seqlens, pairs)
+    checks.no_tangents(logps, ref_logps)
     margins, chosen, rejected = registered.preference_margins(
-        logps, ref_logps, cu_seqlens, pairs, backend
+        logps, ref_logps, cu_seqlens.contiguous(), pairs.contiguous(), backend
     ).unbind(0)
     return margins, chosen, rejected

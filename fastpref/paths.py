@@ -11,6 +11,12 @@ from pathlib import Path
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
+def hub_id(name: str | None) -> str | None:
+    """The name, if it can be an id on the hub and is nothing on disk; else None."""
+    here = not name or Path(name).expanduser().exists()
+    return name if not here and _HUB_ID.fullmatch(name or "") else None
+
+
 def located(name: str | os.PathLike[str], suffixes: Collection[str] = ()) -> str:
     """What a name stands for: the path of what is on disk, or else an id on the hub, as it is.
 

@@ -12,6 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from fastpref import checkpoint
+from fastpref.card import model_card
+from fastpref.disk import write_text
 
 
 class ResumableTrainer(Trainer):  # type: ignore[misc]
@@ -64,6 +66,31 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 "trainer.train(resume_from_checkpoint=True)"
             )
         return output
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into the run's directory, as :func:`fastpref.card.model_card` has it.
+
+        ``push_to_hub`` calls this with its own further arguments.
+
+        Args:
+            model_name: Title; None: the directory's name.
+            dataset_name: What the model was trained on; None: not said.
+            tags: For the hub, beside those of the losses.
+        """
+        if self.is_world_process_zero():
+            text = model_card(
+                self.accelerator.unwrap_model(self.model),
+                self.args,
+                model_name=model_name,
+                dataset_name=dataset_name,
+                tags=[tags] if isinstance(tags, str) else tags or [],
+            )
+            write_text(Path(self.args.output_dir, "README.md"), text)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-_TILE = 4096
+from fastpref.library import differentiable, fake, op
+from fastpref.linear import compute_dtype, plan_for
+from fastpref.registered import refuse_second_derivative
 
-
-def _cap(z: Tensor, softcap: float | None) -> Tensor:
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+# Tiles of logits alive at once: the product, its cap, and what the backward makes of them.
+_BUFFERS = 4
 
 
 def target_minus_mean_logit(
@@ -20,46 +23,111 @@ def target_minus_mean_logit(
     targets: Tensor,
     scale: float,
     softcap: float | None,
+    memory_budget: int | None,
 ) -> Tensor:
     """``z_y - mean_v(z_v)`` per token, differentiable, fp32 (float64 for float64), shape of
     ``targets``.
 
     Without a softcap the mean of the logits is one product with the mean of the weight. With one,
-    the vocabulary is walked in tiles that are recomputed in the backward.
+    the vocabulary is walked in tiles, again in the backward.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _gap(hidden, weight, bias, targets, scale, softcap)
+        wide = compute_dtype(hidden.dtype)
+        h = hidden.to(wide)
+        z_target = (h * weight[targets].to(wide)).sum(-1)
+        if bias is not None:
+            z_target = z_target + bias[targets].to(wide)
+        z_target = scale * z_target
+        if softcap is None:
+            center = h @ weight.mean(0, dtype=wide)
+            if bias is not None:
+                center = center + bias.mean(dtype=wide)
+            return z_target - scale * center
+        rows = h.reshape(-1, h.shape[-1])
+        mean: Tensor = _mean_capped_logit(
+            rows, weight, bias, float(scale), float(softcap), memory_budget
+        )
+        return softcap * torch.tanh(z_target / softcap) - mean.view(targets.shape)
 
 
-def _gap(
+def _tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, budget: Any
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, columns, the tile of the weight, and ``tanh(z / softcap)``: tile after tile."""
+    p = plan_for(hidden, weight, None if budget is None else budget // _BUFFERS)
+    for v0, v1 in p.tiles(weight.shape[0]):
+        w = weight[v0:v1].to(hidden.dtype)
+        for r0, r1 in p.chunks(hidden.shape[0]):
+            z = hidden[r0:r1] @ w.t()
+            if bias is not None:
+                z += bias[v0:v1]
+            yield slice(r0, r1), slice(v0, v1), w, z.mul_(scale / softcap).tanh_()
+
+
+@op("mean_capped_logit")
+def _mean_capped_logit(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
     scale: float,
-    softcap: float | None,
+    softcap: float,
+    memory_budget: int | None,
 ) -> Tensor:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    h = hidden.to(wide)
-    z_target = (h * weight[targets].to(wide)).sum(-1)
-    if bias is not None:
-        z_target = z_target + bias[targets].to(wide)
-    z_target = _cap(scale * z_target, softcap)
-    if softcap is None:
-        mean = h @ weight.mean(0, dtype=wide)
-        if bias is not None:
-            mean = mean + bias.mean(dtype=wide)
-        return z_target - scale * mean
+    """``(softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)).mean(1)``; hidden is fp32 or
+    float64."""
+    total = hidden.new_zeros(hidden.shape[0])
+    for rows, _, _, t in _tiles(hidden, weight, bias, scale, softcap, memory_budget):
+        total[rows] += t.sum(1)
+    return total.mul_(softcap / weight.shape[0])
 
-    def tile_sum(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        z = torch.nn.functional.linear(h, w.to(wide), None if b is None else b.to(wide))
-        return _cap(scale * z, softcap).sum(-1)
 
-    total = torch.zeros_like(z_target)
-    for start in range(0, weight.shape[0], _TILE):
-        end = start + _TILE
-        tile_bias = None if bias is None else bias[start:end]
-        part = checkpoint(tile_sum, h, weight[start:end], tile_bias, use_reentrant=False)
-        assert isinstance(part, Tensor)
-        total = total + part
-    return z_target - total / weight.shape[0]
+@fake(_mean_capped_logit)
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty((hidden.shape[0],))
+
+
+@op("mean_capped_logit_backward")
+def _gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    memory_budget: int | None,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, and of weight and bias, which are empty where the head is frozen."""
+    head = weight.shape if need_head else (0, weight.shape[1])
+    dhidden, dweight, dbias = (hidden.new_zeros(s) for s in (hidden.shape, head, head[:1]))
+    factor = (grad * (scale / weight.shape[0]))[:, None]
+    for rows, columns, w, t in _tiles(hidden, weight, bias, scale, softcap, memory_budget):
+        slope = t.square_().neg_().add_(1.0).mul_(factor[rows])
+        dhidden[rows].addmm_(slope, w)
+        if need_head:
+            dweight[columns].addmm_(slope.t(), hidden[rows])
+            dbias[columns] += slope.sum(0)
+    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+@fake(_gradients)
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head = weight.shape if options[-1] else (0, weight.shape[1])
+    return torch.empty_like(hidden), weight.new_empty(head), weight.new_empty(head[:1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, bias)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("linear_cross_entropy")
+    _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    need_head = need_weight or need_bias
+    dhidden, dweight, dbias = _gradients(grad, *ctx.saved_tensors, *ctx.options, need_head)
+    head = (dweight if need_weight else None, dbias if need_bias else None)
+    return dhidden, *head, None, None, None
+
+
+differentiable(_mean_capped_logit, _differentiate, _save)

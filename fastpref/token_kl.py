@@ -218,7 +218,8 @@ def linear_token_kl(
         ref_hidden, ref_weight, token, ref_bias, names=REF_NAMES
     )
     for cap in (softcap, ref_softcap):
-        checks.check_options(cap, memory_budget, None, "auto")
+        checks.check_options(cap, memory_budget)
+    checks.no_tangents(hidden, weight, bias)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight: expected {weight.shape[0]} rows as weight, got {ref_weight.shape[0]}: "

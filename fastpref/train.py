@@ -169,7 +169,6 @@ def make_trainer(data: ScriptArguments, model: ModelArguments, config: Preferenc
         ValueError: the data cannot be trained on.
     """
     from fastpref.data.load import load_preference_dataset
-    from fastpref.models import load_tokenizer
     from fastpref.trainer import PreferenceTrainer
 
     assert data.dataset_name is not None
@@ -197,11 +196,6 @@ def make_trainer(data: ScriptArguments, model: ModelArguments, config: Preferenc
         args=config,
         train_dataset=load(data.dataset_train_split),
         eval_dataset=load(data.dataset_test_split) if evaluates else None,
-        processing_class=load_tokenizer(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        ),
         peft_config=_lora(model),
     )
 

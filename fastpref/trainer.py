@@ -30,6 +30,7 @@ from fastpref.batches import (
     likelihood_rates,
     make_collator,
     prepare_dataset,
+    refuse_splits,
 )
 from fastpref.config import PreferenceConfig
 from fastpref.contrast import NEEDS, against
@@ -118,16 +119,19 @@ class PreferenceTrainer(ResumableTrainer):
         args = options_for(model, args, self.config_class)
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is required (or an eval_dataset, to evaluate only)")
+        refuse_splits(train_dataset, "train_dataset")
         self.combined = make_losses(args)
         self._extend = partial(
             extend_dataset, needs=self.combined.needs, args=args, corrupt=corrupt_context
         )
         if args.beta is not None:
             self.combined.beta = args.beta
+        loads = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
         set_seed(args.seed)  # a fresh adapter's weights are drawn in the next line
         model = prepare_policy(model, args, quantization_config, peft_config)
         if processing_class is None:
-            processing_class = load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+            trust, revision = args.trust_remote_code, loads.get("revision")
+            processing_class = load_tokenizer(model, trust_remote_code=trust, revision=revision)
         columns = columns_of(train_dataset, eval_dataset)
         fresh = peft_config is not None
         self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
@@ -331,6 +335,7 @@ class PreferenceTrainer(ResumableTrainer):
         metric_key_prefix: str = "test",
     ) -> Any:
         """Log-probabilities of each example, as for ``compute_metrics``, and the metrics."""
+        refuse_splits(test_dataset, "test_dataset")
         ready = self._ready(test_dataset, "test")
         return super().predict(ready, ignore_keys, metric_key_prefix)
 

@@ -7,13 +7,19 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from packaging.requirements import Requirement
 
 from fastpref import backends, cli, doctor
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def project():
+    """The table of that name in ``pyproject.toml``."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 @pytest.fixture
@@ -84,16 +90,15 @@ def test_the_version_is_the_same_everywhere(read):
     assert f"\nversion: {version}\n" in read("CITATION.cff")
 
 
-def test_every_direct_dependency_is_pinned(read):
+def test_every_direct_dependency_is_pinned(read, project):
     pinned = set(re.findall(r"^([\w-]+)==", read("constraints.txt"), re.MULTILINE))
-    project = tomllib.loads(read("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
     lists = [project["dependencies"], *(extras[name] for name in ("train", "demo", "test", "dev"))]
     wanted = {Requirement(text).name.lower() for texts in lists for text in texts}
     assert wanted - {"fastpref"} <= pinned
 
 
-def test_the_licence_is_the_same_everywhere(read):
+def test_the_licence_is_the_same_everywhere(read, project):
     assert "Apache License\n" in read("LICENSE")[:200]
-    assert tomllib.loads(read("pyproject.toml"))["project"]["license"] == "Apache-2.0"
+    assert project["license"] == "Apache-2.0"
     assert "\nlicense: Apache-2.0\n" in read("CITATION.cff")

@@ -91,11 +91,13 @@ def test_lora_and_evaluation_by_flags(model, pairs, tmp_path, capsys):
     [
         (["--dataset", "nowhere/pairs.jsonl"], "nowhere/pairs.jsonl"),
         (["--model", "/no/such/model"], "/no/such/model"),
+        (["--model", "nosuch/model"], "nosuch/model: no such folder, and the hub could not be rea"),
         (["--loss", "dpoo"], "dpo"),
         (["--dataset_train_split", "train["], "train"),
     ],
 )
-def test_mistakes_are_named(model, pairs, tmp_path, capsys, more, said):
+def test_mistakes_are_named(model, pairs, tmp_path, capsys, monkeypatch, more, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(flags(model, pairs, tmp_path / "run", *more)) == 2
     err = capsys.readouterr().err
     last = err[err.index("fastpref train: error:") :]
@@ -146,6 +148,8 @@ def test_a_spoilt_model_is_named(model, pairs, tmp_path, capsys, how, said):
         (["--backend", "cuda"], "backend='cuda' is not available"),
         (["--gradient_accumulation_steps", "0"], "accumulation_steps must be at least 1, got 0"),
         (["--max_tokens_per_batch", "0"], "max_tokens_per_batch must be at least 1, got 0"),
+        (["--per_device_train_batch_size", "0"], "train_batch_size must be at least 1, got 0"),
+        (["--pad_to_multiple_of", "x"], "pad_to_multiple_of='x': expected a whole number"),
         (["--max_bad_rows", "-1"], "max_bad_rows must be at least 0, got -1"),
         (["--dataset_config", "main"], "{file} is on disk and has no configurations"),
     ],

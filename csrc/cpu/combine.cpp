@@ -19,8 +19,8 @@ struct Outputs {
 };
 
 template <class c>
-void run(const Matrix& state, const int64_t* targets, int64_t vocab_size, c inverse_softcap,
-         c scale, const Matrix& acc, const Matrix& weight, const Matrix& hidden_grad,
+void run(const Matrix& state, const int64_t* targets, int64_t vocab_size, c softcap, c scale,
+         const Matrix& acc, const Matrix& weight, const Matrix& hidden_grad,
          const Outputs<c>& out) {
   const int64_t width = hidden_grad ? hidden_grad.cols : 0;
   const c* s[6];
@@ -33,7 +33,7 @@ void run(const Matrix& state, const int64_t* targets, int64_t vocab_size, c inve
       Finished<c> f{};
       if (y >= 0) {
         f = finish(Row<c>{s[0][i], s[1][i], s[2][i], s[3][i], s[4][i], s[5][i]}, vocab_size,
-                   inverse_softcap);
+                   softcap);
       }
       out.write(i, f);
       if (!hidden_grad) continue;
@@ -65,7 +65,7 @@ void combine(const Tensor& state, const Tensor& targets, int64_t vocab_size, dou
     using c = decltype(zero);
     const Outputs<c> out{vector<c>(logp, "logp", n), vector<c>(q, "q", n),
                          vector<c>(coef, "coef", n), st};
-    run<c>(s, y, vocab_size, softcap > 0 ? c(1 / softcap) : c(0), c(scale), a, w, h, out);
+    run<c>(s, y, vocab_size, c(softcap), c(scale), a, w, h, out);
   });
 }
 

@@ -65,7 +65,7 @@ FASTPREF_INLINE c max_of(const c* z, int64_t padded) {
 
 // z becomes G = E * slope of the cap; the sums go to the row.
 template <class c, bool kCapped, bool kStats>
-FASTPREF_INLINE void exponentials(c* z, int64_t padded, c inverse_softcap, Row<c>& row) {
+FASTPREF_INLINE void exponentials(c* z, int64_t padded, c softcap, Row<c>& row) {
   const c shift = shift_of(row.max);
   c sum[kLanes] = {}, weighted[kLanes] = {}, squares[kLanes] = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
@@ -78,7 +78,7 @@ FASTPREF_INLINE void exponentials(c* z, int64_t padded, c inverse_softcap, Row<c
         weighted[l] += e * x[l];
         squares[l] += e * e;
       }
-      z[j + l] = kCapped ? e * cap_slope(z[j + l], inverse_softcap) : e;
+      z[j + l] = kCapped ? e * cap_slope(z[j + l], softcap) : e;
     }
   }
   row.sum += reduce_sum(sum);
@@ -101,7 +101,7 @@ FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& 
   std::fill(z + width, z + padded, -std::numeric_limits<c>::infinity());
   if (has_target) z[target] = -std::numeric_limits<c>::infinity();
   const c shrink = raise_max(row, max_of(z, padded));
-  exponentials<c, kCapped, kStats>(z, padded, kCapped ? c(1) / tile.softcap : c(0), row);
+  exponentials<c, kCapped, kStats>(z, padded, tile.softcap, row);
   if (has_target) z[target] = c(0);  // under a cap: 0 * infinity so far
   return shrink;
 }

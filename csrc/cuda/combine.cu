@@ -10,7 +10,7 @@ struct Combine {
   Matrix state, acc, weight, hidden_grad, stats;
   const int64_t* targets;
   int64_t vocab_size;
-  c inverse_softcap, scale;
+  c softcap, scale;
   c *logp, *q, *coef;
 };
 
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(const Combine<c> a
   Finished<c> f{};
   if (y >= 0) {
     const Row<c> row{state(0), state(1), state(2), state(3), state(4), state(5)};
-    f = finish(row, a.vocab_size, a.inverse_softcap);
+    f = finish(row, a.vocab_size, a.softcap);
   }
   if (threadIdx.x == 0) {
     a.logp[i] = f.logp, a.q[i] = f.q, a.coef[i] = f.coef;
@@ -79,7 +79,7 @@ void combine(const Tensor& state, const Tensor& targets, int64_t vocab_size, dou
                                st,
                                y,
                                vocab_size,
-                               softcap > 0 ? c(1 / softcap) : c(0),
+                               c(softcap),
                                c(scale),
                                vector<c>(logp, "logp", n),
                                vector<c>(q, "q", n),

@@ -200,7 +200,7 @@ __device__ __forceinline__ void scale_acc(const Matrix& acc, int64_t i, c factor
 template <class c, bool kCapped, int kSums>
 __device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&sums)[kSums], c max,
                                              c softcap) {
-  const c shift = shift_of(max), inverse = kCapped ? c(1) / softcap : c(0);
+  const c shift = shift_of(max);
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
@@ -213,7 +213,7 @@ __device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&s
         sums[2] += exponential * exponential;
       }
       // the slope of a column taken out is infinite
-      z[k][e] = kCapped ? weigh(exponential, cap_slope(z[k][e], inverse)) : exponential;
+      z[k][e] = kCapped ? weigh(exponential, cap_slope(z[k][e], softcap)) : exponential;
     }
   }
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from fastpref import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -143,3 +143,14 @@ def test_a_module_that_is_no_language_model(make: Any, tokenizer: Any, options: 
                 train_dataset=make.pairs(),
                 processing_class=tokenizer,
             )
+
+
+def test_all_splits_where_one_is_trained_on(make: Any, tokenizer: Any, options: Options) -> None:
+    splits = DatasetDict(train=make.pairs(), test=make.pairs())
+    arguments = {"args": DPOConfig(**options()), "processing_class": tokenizer}
+    message = r"train_dataset: .* a DatasetDict with the splits 'train', 'test'\. .*\['train'\]"
+    with pytest.raises(TypeError, match=message):
+        DPOTrainer(make.model(), train_dataset=splits, **arguments)
+    trainer = DPOTrainer(make.model(), train_dataset=make.pairs(), **arguments)
+    with pytest.raises(TypeError, match="test_dataset: expected one dataset"):
+        trainer.predict(splits)

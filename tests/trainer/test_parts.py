@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastpref import DPOConfig, DPOTrainer, PreferenceConfig
 from fastpref.batches import TrainerCollator, likelihood_rates
 from fastpref.data import PreferenceCollator
-from fastpref.metrics import Meter, MetricsFile
+from fastpref.metrics import Meter, MetricsFile, peak_memory
 from fastpref.objective import check_needs, ld_weights, make_examples, make_losses
 from fastpref.policy import ResponseLogps
 from fastpref.reference import TokenStats
@@ -49,6 +50,12 @@ Options = Callable[..., dict[str, Any]]
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, ValueError, "choose one"),
         ({"rpo_alpha": 1.0, "loss_weights": [1.0]}, ValueError, "rpo_alpha together with several"),
         ({"activation_offloading": True}, ValueError, "needs gradient_checkpointing=True"),
+        ({"ref_model_sync_steps": 0}, ValueError, "ref_model_sync_steps must be at least 1, got 0"),
+        ({"ref_model_mixup_alpha": 2}, ValueError, r"mixup_alpha must be in \[0, 1\], got 2"),
+        ({"per_device_train_batch_size": 0}, ValueError, "train_batch_size must be at least 1"),
+        ({"per_device_eval_batch_size": 0}, ValueError, "eval_batch_size must be at least 1"),
+        ({"precompute_ref_batch_size": 0}, ValueError, "ref_batch_size must be at least 1, got 0"),
+        ({"pad_to_multiple_of": "x"}, ValueError, "pad_to_multiple_of='x': expected a whole num"),
     ],
 )
 def test_config_errors(options: Options, given: dict[str, Any], error: Any, words: str) -> None:
@@ -240,6 +247,14 @@ def test_meter_is_the_mean_over_all() -> None:
         assert found["num_tokens"] == 180
         assert found["time/tokens_per_second"] > 0
         assert each.read() == {}
+
+
+def test_peak_memory_where_there_is_no_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    cpu = torch.device("cpu")
+    usual = peak_memory(cpu)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert 0.1 * usual < peak_memory(cpu) <= 1.1 * usual
 
 
 def test_meter_leaves_repeated_examples_out() -> None:
