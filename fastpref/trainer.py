@@ -126,7 +126,7 @@ class PreferenceTrainer(ResumableTrainer):
         )
         if args.beta is not None:
             self.combined.beta = args.beta
-        loads = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
+        loads: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
         set_seed(args.seed)  # a fresh adapter's weights are drawn in the next line
         model = prepare_policy(model, args, quantization_config, peft_config)
         if processing_class is None:

@@ -68,8 +68,5 @@ def cap_slope(z, softcap):
     """Derivative of the cap at a capped logit: ``1 - (z / softcap)^2`` as a product of exact
     differences.
     """
-    softcap = tl.cast(softcap, z.dtype)
-    inverse = 1.0 / softcap
-    t = z * inverse
-    t = tl.fma(tl.fma(-t, softcap, z), inverse, t)  # the rounded quotient: 1 at the cap
+    t = z * (1.0 / tl.cast(softcap, z.dtype))
     return (1.0 - t) * (1.0 + t)
