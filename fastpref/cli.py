@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": ("fastpref.demo", "preference-tune a small real model on this machine, from nothing"),
     "train": ("fastpref.train", "preference-tune your model on your data"),
     "sweep": ("fastpref.sweep", "compare losses and betas from one cached reference pass"),
+    "rounds": ("fastpref.rounds.command", "iterative recipes: sample, score, pair, train, again"),
     "score": ("fastpref.score", "log-probs and implicit rewards of a dataset's responses"),
     "inspect": ("fastpref.inspect", "what tokenisation and truncation do to a dataset"),
     "cache": ("fastpref.cache", "build, list, verify or clear the cached reference log-probs"),
@@ -34,6 +35,8 @@ EXTRAS = {
     "matplotlib": "train",
     "peft": "train",
     "rich": "train",
+    "scipy": "rounds",
+    "sklearn": "rounds",
     "transformers": "train",
     "yaml": "train",
 }

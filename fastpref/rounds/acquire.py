@@ -6,8 +6,6 @@ import math
 import random
 from collections.abc import Sequence
 
-RULES = ("random", "entropy", "certainty", "hybrid")
-
 
 def entropy(logps: Sequence[float]) -> float:
     """Monte-Carlo entropy of a prompt's responses, nats: minus their mean log-probability.

@@ -189,5 +189,5 @@ def _point(report: Row, *keys: str) -> Point | None:
     if value is None or isinstance(value, str):
         return None
     if isinstance(value, list):
-        return (report["round"], *value)  # type: ignore[return-value]
+        return (report["round"], *value)
     return report["round"], float(value), float(value), float(value)

@@ -104,7 +104,7 @@ def _once(score: Score, groups: Sequence[Row]) -> list[list[float]]:
     shown, places = [], []
     for group in groups:
         by_text: dict[str, int] = {}
-        different = []
+        different: list[Row] = []
         for response in group["responses"]:
             if response["text"] not in by_text:
                 by_text[response["text"]] = len(different)

@@ -134,3 +134,16 @@ def test_folders_are_not_opened_on_windows(tmp_path: Path, monkeypatch: pytest.M
     assert opened == [tmp_path, path]
     monkeypatch.undo()
     assert path.read_text() == "before"
+
+
+def test_a_reference_by_name_has_the_policys_dtype(
+    make: Any, tokenizer: Any, options: Options, cached: str
+) -> None:
+    trainer = DPOTrainer(
+        make.model().bfloat16(),
+        cached,
+        args=DPOConfig(**options()),
+        train_dataset=make.pairs(),
+        processing_class=tokenizer,
+    )
+    assert trainer.ref_model.dtype == torch.bfloat16
