@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     add("--show", type=int, default=3, help="rows whose boundary is shown")
     add("--json", action="store_true", help="print it as JSON")
     given = parser.parse_args(argv)
-    from transformers import AutoTokenizer
+    from fastpref.models import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    tokenizer = load_tokenizer(given.model)
     dataset = load_preference_dataset(given.dataset, given.split, name=given.dataset_config)
     limits = {
         "max_length": given.max_length or None,
