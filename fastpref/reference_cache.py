@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.assets import cache_dir
+from fastpref.disk import sync
 from fastpref.heads import causal_lm
 
 logger = logging.getLogger("fastpref")
@@ -229,19 +230,11 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 # The cache of one reference
