@@ -154,7 +154,7 @@ def work(name: str, asked: argparse.Namespace, model: str, pipe: Connection) -> 
         start = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pipe.send(time.perf_counter() - began)
+            pipe.send((began - constructing, time.perf_counter() - began))
             pipe.recv()
             tokens[0], self.start = 0, time.perf_counter()
 
@@ -180,6 +180,7 @@ def work(name: str, asked: argparse.Namespace, model: str, pipe: Connection) -> 
             bf16=False,
             **options,
         )
+        constructing = time.perf_counter()
         trainer = module.DPOTrainer(
             transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             args=args,
@@ -205,7 +206,8 @@ def race(asked: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:
         spawn.Process(target=work, args=(name, asked, model, theirs), daemon=True).start()
         theirs.close()
         # one at a time: preparing is not part of the turns and must not slow another's
-        found[name] = {"once": pipes[name].recv(), "steps": []}
+        built, once = pipes[name].recv()
+        found[name] = {"built": built, "once": once, "steps": []}
         print(f"ready: {name}", file=sys.stderr)
     for step in range(asked.rounds + 1):
         for name, pipe in pipes.items():
@@ -239,6 +241,8 @@ def rows(asked: argparse.Namespace, found: dict[str, dict[str, Any]]) -> list[di
             "backbone_tokens_per_step": round(statistics.mean(tokens)),
             "backbone_tokens_spread": max(tokens) - min(tokens),
             "peak_rss_bytes": got["peak"],
+            # tokenisation, and the pass of a precomputed reference
+            "seconds_to_construct": round(got["built"], 2),
             "seconds_before_first_step": round(got["once"], 2),
         }
         if base:
