@@ -63,9 +63,9 @@ FASTPREF_INLINE c max_of(const c* z, int64_t padded) {
   return max;
 }
 
-// z becomes G = E * slope of the cap; the sums go to the row.
-template <class c, bool kCapped, bool kStats>
-FASTPREF_INLINE void exponentials(c* z, int64_t padded, c softcap, Row<c>& row) {
+// z becomes E; the sums go to the row.
+template <class c, bool kStats>
+FASTPREF_INLINE void exponentials(c* z, int64_t padded, Row<c>& row) {
   const c shift = shift_of(row.max);
   c sum[kLanes] = {}, weighted[kLanes] = {}, squares[kLanes] = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
@@ -78,13 +78,22 @@ FASTPREF_INLINE void exponentials(c* z, int64_t padded, c softcap, Row<c>& row) 
         weighted[l] += e * x[l];
         squares[l] += e * e;
       }
-      z[j + l] = kCapped ? e * cap_slope(z[j + l], softcap) : e;
+      z[j + l] = e;
     }
   }
   row.sum += reduce_sum(sum);
   if constexpr (kStats) {
     row.weighted += reduce_sum(weighted);
     row.squares += reduce_sum(squares);
+  }
+}
+
+// z, which holds E, becomes G = E * slope of the cap; 0 stays 0 where the slope is not a number.
+template <class c>
+FASTPREF_INLINE void times_slope(c* z, const c* x, const Tile<c>& tile) {
+  for (int64_t j = 0; j < tile.width; ++j) {
+    const c b = tile.bias != nullptr ? tile.bias[j] : c(0);
+    z[j] = weigh(z[j], cap_slope_of_raw(tile.scale * (x[j] + b), tile.softcap));
   }
 }
 
@@ -101,8 +110,8 @@ FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& 
   std::fill(z + width, z + padded, -std::numeric_limits<c>::infinity());
   if (has_target) z[target] = -std::numeric_limits<c>::infinity();
   const c shrink = raise_max(row, max_of(z, padded));
-  exponentials<c, kCapped, kStats>(z, padded, tile.softcap, row);
-  if (has_target) z[target] = c(0);  // under a cap: 0 * infinity so far
+  exponentials<c, kStats>(z, padded, row);
+  if constexpr (kCapped) times_slope(z, x, tile);
   return shrink;
 }
 

@@ -230,3 +230,33 @@ def test_saturated_logits_have_no_slope(backend):
         logp = linear_logprobs(hidden, weight, torch.tensor([0]), softcap=softcap, backend=backend)
         for gradient in torch.autograd.grad(logp.sum(), (hidden, weight)):
             assert (gradient == 0.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_gradients_under_a_cap_are_as_good_as_plain_pytorch(backend, spread):
+    """Logits up to four times the cap, where the slope of the cap is small or nearly 0."""
+    cap, worst = 30.0, {"ours": [], "plain": []}
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(8, 16, generator=generator)
+        weight = torch.randn(500, 16, generator=generator) * cap * spread / 4
+        targets = torch.randint(500, (8,), generator=generator)
+
+        def plain(h, w, targets=targets):
+            logits = cap * torch.tanh(h @ w.T / cap)
+            return logits.log_softmax(-1).gather(-1, targets[:, None]).sum()
+
+        def ours(h, w, targets=targets):
+            return linear_logprobs(h, w, targets, softcap=cap, backend=backend).sum()
+
+        def gradients(loss, dtype, given=(hidden, weight)):
+            leaves = [x.to(dtype).requires_grad_() for x in given]
+            return torch.autograd.grad(loss(*leaves), leaves)
+
+        truth = gradients(plain, torch.float64)
+        for name, loss in (("ours", ours), ("plain", plain)):
+            pairs = zip(gradients(loss, torch.float32), truth, strict=True)
+            worst[name].append(max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
+    assert sorted(worst["ours"])[5] <= 1.2 * sorted(worst["plain"])[5]
+    assert max(worst["ours"]) <= 2.0 * max(worst["plain"])
