@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import statistics
@@ -25,6 +24,7 @@ import torch
 
 from fastpref import backends, costs, measure
 from fastpref.costs import HEADS, SCHEDULES, UNITS, Head
+from fastpref.disk import write_text
 from fastpref.measure import Check, Problem, Times
 from fastpref.peers import OPS, Passes, System, systems
 from fastpref.provenance import commit, device_name, versions
@@ -283,12 +283,7 @@ def append(path: Path, new: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else []
     text = "[\n" + ",\n".join(json.dumps(r) for r in [*kept, *new]) + "\n]\n"
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_text(path, text)
 
 
 COLUMNS = (

@@ -87,14 +87,9 @@ class Loop(TrainerCallback):  # type: ignore[misc]
 
         model, options = trainer.model_wrapped, trainer.head_options
         with trainer.accelerator.autocast():
-            try:
-                selfcheck.check_policy(model, examples, collate, names, **options)
-            except selfcheck.PackingError as error:
-                if not trainer.data_collator.packed:
-                    raise
-                logger.warning("%s Each sequence gets a row of its own.", error)
-                trainer.data_collator.unpack()
-                selfcheck.check_policy(model, examples, collate, names, **options)
+            selfcheck.check_or_unpack(
+                model, examples, collate, names, trainer.data_collator, **options
+            )
             if trainer.reference.live:
                 start = fresh and trainer.reference.is_start
                 batch = collate(examples)

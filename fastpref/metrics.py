@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.disk import write_text
 from fastpref.losses import GroupLogps, PairLogps, UnpairedLogps
 from fastpref.losses.combine import Combined
 from fastpref.ops import segment_sum
@@ -283,9 +284,7 @@ class MetricsFile:
                 continue
             if record.get("step", 0) <= step and "train_runtime" not in record:
                 kept.append(line + "\n")
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line."""

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from fastpref import checks, reference, registered
+from fastpref.projection import checked_logprobs
 from fastpref.reference import TokenStats
 from fastpref.smoothing import target_minus_mean_logit
 
 TORCH_NAMES = checks.Names("input", "linear_weight", "target", "linear_bias")
 """What ``torch.nn.functional.linear_cross_entropy`` calls the arguments of a projection."""
-
-
-def _needs_grad(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
 def linear_logprobs(
@@ -86,73 +83,11 @@ def linear_logprobs(
     """
     hidden, weight, bias = checks.projection(hidden, weight, targets, bias, rows)
     checks.check_options(softcap, memory_budget, process_group, backend, scale, ignore_index)
-    shape, num_rows = targets.shape, targets.numel()
-    flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
-    flat, weight = _with_whole_rows(flat), _with_whole_rows(weight)
-    bias = None if bias is None else bias.contiguous()
-    if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        counted = flat_targets != ignore_index
-        rows = None if counted.all() else counted.nonzero()[:, 0]
-    if rows is not None:
-        flat, flat_targets = flat.index_select(0, rows), flat_targets.index_select(0, rows)
-    logp, stats = _project(
-        *(flat, weight, bias, flat_targets, scale, softcap, ignore_index),
-        *(return_stats, backend, memory_budget),
-        "" if process_group is None else process_group.group_name,
+    logp, stats = checked_logprobs(
+        *(hidden, weight, targets, bias, rows, scale, softcap, ignore_index),
+        *(return_stats, backend, memory_budget, process_group),
     )
-
-    def place(x: Tensor) -> Tensor:
-        if rows is not None:
-            x = x.new_zeros(num_rows).index_copy(0, rows, x)
-        return x.view(shape)
-
-    if stats is None:
-        return place(logp)
-    return place(logp), TokenStats(*(place(s) for s in stats))
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    """``x``, or a copy if the entries of a row are not side by side, as kernels read them."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _project(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    with_stats: bool,
-    backend: str,
-    memory_budget: int | None,
-    group: str,
-) -> tuple[Tensor, TokenStats | None]:
-    """The op on flat rows, by the backend asked for."""
-    if backend == "reference":
-        registered.check_range(targets, weight.shape[0], ignore_index)
-        logp, stats = reference.linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            scale=scale,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
-        return logp, stats if with_stats else None
-    checks.no_tangents(hidden, weight, bias)
-    outputs = registered.linear_logprobs(
-        *(hidden, weight, bias, targets, float(scale), float(softcap or 0.0), ignore_index),
-        *(backend, memory_budget),
-        *(_needs_grad(hidden), _needs_grad(weight), _needs_grad(bias), with_stats),
-        group,
-    )
-    if not with_stats:
-        return outputs[0], None
-    entropy, lse, top1, logit_mean, log_sum_sq = outputs[1].unbind(0)
-    return outputs[0], TokenStats(entropy, lse, top1 > 0.5, logit_mean, log_sum_sq)
+    return logp if stats is None else (logp, stats)
 
 
 def linear_cross_entropy(
@@ -215,26 +150,18 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if label_smoothing and process_group is not None:
         raise ValueError("label_smoothing needs the whole weight: pass process_group=None, or 0")
-    checks.projection(input, linear_weight, target, linear_bias, rows, TORCH_NAMES)
-    logp = linear_logprobs(
-        input,
-        linear_weight,
-        target,
-        bias=linear_bias,
-        scale=scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        rows=rows,
-        backend=backend,
-        memory_budget=memory_budget,
-        process_group=process_group,
+    hidden, weight, bias = checks.projection(
+        input, linear_weight, target, linear_bias, rows, TORCH_NAMES
     )
-    assert isinstance(logp, Tensor)
+    checks.check_options(softcap, memory_budget, process_group, backend, scale, ignore_index)
+    logp, _ = checked_logprobs(
+        *(hidden, weight, target, bias, rows, scale, softcap, ignore_index),
+        *(False, backend, memory_budget, process_group),
+    )
     loss = -logp
     counted = _counted(target, ignore_index, rows)
     if label_smoothing:
-        # autocast's dtype, and nothing of the rows that do not count, NaN least of all
-        hidden, weight, bias = checks.projection(input, linear_weight, target, linear_bias)
+        # nothing of the rows that do not count, NaN least of all
         hidden = hidden.masked_fill(~counted[..., None], 0.0)
         gap = target_minus_mean_logit(
             *(hidden, weight, bias, target.masked_fill(~counted, 0), scale, softcap, memory_budget)

@@ -86,7 +86,12 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(framealpha=0.8)
+    save(figure, path)
+    return True
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, replaced in one go."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
-    return True

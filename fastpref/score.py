@@ -8,7 +8,6 @@ scored on this data already is not run at all. The output appears whole, at the 
 from __future__ import annotations
 
 import argparse
-import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +22,9 @@ from fastpref.config import PreferenceConfig
 from fastpref.data import load_preference_dataset
 from fastpref.data.formats import Kind, response_names
 from fastpref.heads import causal_lm
-from fastpref.models import load_model
+from fastpref.models import load_model, load_tokenizer
 from fastpref.reference_policy import Frozen
 from fastpref.scoring import caches_of, kind_of, score_dataset
-
-logger = logging.getLogger("fastpref")
 
 FORMATS = {".jsonl": "to_json", ".parquet": "to_parquet"}
 OWN_TOKENS = "{}_token_logps"
@@ -113,9 +110,8 @@ def score(
         ValueError: The data cannot be read, or the two models differ in vocabulary.
     """
     from accelerate import Accelerator
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(policy, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(policy, trust_remote_code=config.trust_remote_code)
     accelerator = Accelerator(cpu=config.use_cpu)
     kind, rows = kind_of(dataset.column_names), dataset
     for name in filter(None, (policy, reference)):
@@ -182,12 +178,7 @@ def _check(model: Any, rows: Any, collator: TrainerCollator, accelerator: Any, k
         batch = collator(rows)
         return {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in batch.items()}
 
-    try:
-        selfcheck.check_policy(model, examples, collate, names)
-    except selfcheck.PackingError as error:
-        logger.warning("%s Each sequence gets a row of its own.", error)
-        collator.unpack()
-        selfcheck.check_policy(model, examples, collate, names)
+    selfcheck.check_or_unpack(model, examples, collate, names, collator)
 
 
 def responses(

@@ -7,6 +7,7 @@ is the policy's own start, policy with reference.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from fastpref.heads import causal_lm, evaluating
 from fastpref.policy import Batch, model_inputs, response_logps
 from fastpref.reference_policy import Reference
+
+logger = logging.getLogger("fastpref")
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 48, 16
 PACKED_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.03}
@@ -37,6 +40,39 @@ def shorten(example: Mapping[str, Any], responses: Sequence[str]) -> dict[str, A
 
 class PackingError(RuntimeError):
     """A model gives other numbers, or none, to packed rows."""
+
+
+def check_or_unpack(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Batch],
+    responses: Sequence[str],
+    collator: Any,
+    **options: Any,
+) -> None:
+    """:func:`check_policy`; a model that cannot read packed rows gets, from here on, a row for each
+    sequence.
+
+    Args:
+        model: As in :func:`check_policy`.
+        examples: As in :func:`check_policy`.
+        collate: As in :func:`check_policy`.
+        responses: As in :func:`check_policy`.
+        collator: The :class:`fastpref.batches.TrainerCollator` behind ``collate``.
+        **options: As in :func:`check_policy`.
+
+    Raises:
+        FloatingPointError: As :func:`check_policy`.
+        RuntimeError: As :func:`check_policy`.
+    """
+    try:
+        check_policy(model, examples, collate, responses, **options)
+    except PackingError as error:
+        if not collator.packed:
+            raise
+        logger.warning("%s Each sequence gets a row of its own.", error)
+        collator.unpack()
+        check_policy(model, examples, collate, responses, **options)
 
 
 @torch.no_grad()

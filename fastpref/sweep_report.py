@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpref.demo import Interval
+from fastpref.plots import save
 
 START = "start"
 """Name of the cell that trains nothing."""
@@ -95,6 +95,4 @@ def draw(results: Sequence[Row], path: Path) -> None:
         axes.set(title=title, xlabel="beta", ylabel=unit)
         axes.grid(alpha=0.3)
     axes.legend(framealpha=0.8)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    save(figure, path)

@@ -17,7 +17,7 @@ struct Tile {
   const c* bias;
   int64_t width;
   c scale, softcap;
-  bool with_stats;
+  bool with_stats, stores;
 };
 
 template <class c>
@@ -111,13 +111,13 @@ FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& 
   if (has_target) z[target] = -std::numeric_limits<c>::infinity();
   const c shrink = raise_max(row, max_of(z, padded));
   exponentials<c, kStats>(z, padded, row);
-  if constexpr (kCapped) times_slope(z, x, tile);
+  if (kCapped && tile.stores) times_slope(z, x, tile);
   return shrink;
 }
 
 }  // namespace
 
-// One row: z, a padded buffer, receives G. Returns the factor of acc.
+// One row: z, a padded buffer, receives G, if it is stored. Returns the factor of acc.
 template <class c>
 FASTPREF_CLONES c sweep_row(c* z, const c* x, int64_t target, const Tile<c>& tile, Row<c>& row) {
   if (tile.softcap > c(0)) {
@@ -175,7 +175,8 @@ void sweep(const Tensor& tile, const OptionalTensor& out, const Tensor& state,
                   "state and acc: must have the dtype of tile");
   with_compute_type(x.dtype, [&](auto zero) {
     using c = decltype(zero);
-    const Tile<c> shape{vector<c>(bias, "bias", width), width, c(scale), c(softcap), with_stats};
+    const Tile<c> shape{
+        vector<c>(bias, "bias", width), width, c(scale), c(softcap), with_stats, bool(g)};
     run<c>(x, g, s, vector<c>(offset, "offset", n), a, y, start, shape);
   });
 }

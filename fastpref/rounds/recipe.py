@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from fastpref.config import PreferenceConfig
+from fastpref.disk import write_text
+from fastpref.models import load_tokenizer
 from fastpref.recorder import resolved
 from fastpref.rounds.evaluation import Evaluator, describe_pairs
 from fastpref.rounds.examples import read_examples, split_prompts, split_rounds
@@ -146,8 +148,6 @@ class Recipe:
             RuntimeError: another process is at work in ``run_dir``, or several ranks were started.
             KeyboardInterrupt: Ctrl-C; what was done is kept.
         """
-        from transformers import AutoTokenizer
-
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 "rounds run in one process: start it without torchrun or accelerate launch, and "
@@ -156,7 +156,7 @@ class Recipe:
         start = policy_of(self.model)
         run = Run(
             folder=Path(self.run_dir),
-            tokenizer=AutoTokenizer.from_pretrained(start.path),
+            tokenizer=load_tokenizer(start.path),
             device=pick_device(self.use_cpu),
             dtype=getattr(torch, self.dtype),
             seed=self.seed,
@@ -176,7 +176,7 @@ class Recipe:
     def _write_config(self, path: Path) -> None:
         values = {name: value for name, value in resolved(self).items() if name != "redo"}
         text = yaml.safe_dump({"recipe": type(self).__name__, **values}, sort_keys=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     # What recipes share
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpref import checkpoint
+from fastpref.plots import save
 from fastpref.rounds.run import Row, Run
 
 FILE, PICTURE = "report.json", "report.png"
@@ -133,9 +133,7 @@ def draw(reports: Sequence[Row], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(framealpha=0.8)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    save(figure, path)
 
 
 Point = tuple[int, float, float, float]

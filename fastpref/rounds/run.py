@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,9 @@ from typing import Any
 import torch
 
 from fastpref import checkpoint
+from fastpref.disk import write_text
+from fastpref.paths import located
+from fastpref.provenance import versions
 
 logger = logging.getLogger("fastpref")
 
@@ -96,30 +98,11 @@ def read_jsonl(path: Path) -> list[Row]:
 
 def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSON lines, flushed to disk, all of them or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def versions() -> dict[str, str]:
-    """What a stage was made with."""
-    import transformers
-
-    from fastpref._version import __version__
-
-    return {
-        "fastpref": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 @dataclass
@@ -205,7 +188,11 @@ class Run:
             for left in staging.glob("*.tmp"):
                 left.unlink()
             seconds = time.perf_counter() - started
-            content = {"stage": name, "digest": digest(wanted), "versions": versions()}
+            content = {
+                "stage": name,
+                "digest": digest(wanted),
+                "versions": versions("cpu", "transformers"),
+            }
             checkpoint.seal(staging, {**content, "seconds": seconds})
         checkpoint.publish(staging, final)
         return final
@@ -237,7 +224,7 @@ class Run:
 
     def _note_versions(self, name: str, folder: Path) -> None:
         made = (checkpoint.manifest(folder) or {}).get("versions", {})
-        now = versions()
+        now = versions("cpu", "transformers")
         changed = [f"{k} {made[k]} (now {now[k]})" for k in now if made.get(k, now[k]) != now[k]]
         if changed:
             logger.warning("%s is kept, though made with %s", name, ", ".join(changed))
@@ -352,14 +339,12 @@ def policy_of(model: str) -> Policy:
     """A model by path or hub name, with a digest: of its files, or of its commit.
 
     Raises:
-        FileNotFoundError: ``model`` looks like a path and is not there.
+        FileNotFoundError: nothing on disk has this name, and it is no id of the hub.
     """
-    path = Path(model).expanduser()
+    path = Path(located(model))
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
         return Policy(str(path), digest({p.name: file_digest(p) for p in files}))
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise FileNotFoundError(f"model: there is no folder {model}")
     from transformers import AutoConfig
 
     commit = getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)

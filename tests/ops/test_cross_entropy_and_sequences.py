@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref import backends, reference
 from fastpref.ops import (
@@ -225,3 +226,18 @@ def test_sequence_errors(options, error, message):
         sequence_logprobs(
             torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3]), CU, **options
         )
+
+
+def test_autocast_converts_the_weight_once():
+    converted = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                converted.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    input, weight, target = torch.randn(6, 4), torch.randn(11, 4), torch.arange(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        linear_cross_entropy(input, weight, target)
+    assert converted.count((11, 4)) == 1

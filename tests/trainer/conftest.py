@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import fastpref
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 VOCAB = SPECIAL + [f"w{i}" for i in range(93)]
@@ -61,6 +66,35 @@ def make_pairs(count: int = 12, seed: int = 0, **columns: Any) -> Dataset:
     return Dataset.from_list([{**row, **columns} for row in rows])
 
 
+def load_script(name: str) -> Any:
+    """The module ``name.py`` of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def on_two_ranks(name: str, folder: Path) -> dict[str, Any]:
+    """What ``name.py FOLDER`` leaves in ``result.json``, run by two processes of a thread each."""
+    folder.mkdir()
+    package = Path(fastpref.__file__).parents[1]
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).with_name(f"{name}.py")), str(folder)],
+        env={**os.environ, **common},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
 def leave() -> None:
     """End this rank, once all ranks get here.
 
@@ -88,6 +122,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class Make:
     """The makers, for tests: ``make.model(seed)``, ``make.pairs(count, seed)``."""
 
+    script = staticmethod(load_script)
+    on_two_ranks = staticmethod(on_two_ranks)
     model = staticmethod(make_model)
     pairs = staticmethod(make_pairs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -23,13 +22,9 @@ TIMES = ("time/", "mem/", "train_", "eval_runtime", "eval_samples", "eval_steps"
 
 
 @pytest.fixture(scope="module")
-def run() -> Callable[..., None]:
-    spec = importlib.util.spec_from_file_location("killed_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.run
+def run(make: Any) -> Callable[..., None]:
+    found: Callable[..., None] = make.script("killed_run").run
+    return found
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
