@@ -26,6 +26,9 @@ from fastpref.schedule import Plan, plan
 from fastpref.scratch import Arena, lend, nbytes, scratch
 
 
+# A product this narrow is summed term by term by some CPU libraries (MKL on AMD): the error grows
+# with the root of the number of terms. So it is made of short sums.
+NARROW_ROWS, NARROW_COLUMNS, SHORT_SUM = 4, 12, 256
 class Problem(NamedTuple):
     """What both passes need to know besides the tensors."""
 
@@ -143,15 +146,20 @@ class _Operands:
 
     def mm(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         """``out = a @ b`` or ``out += a @ b``, out in the compute dtype."""
-        if not self.mixed:
-            if accumulate:
-                out.addmm_(a, b)
-            else:
-                torch.mm(a, b, out=out)
-        elif accumulate:
+        narrow = out.shape[0] < NARROW_ROWS or out.shape[1] < NARROW_COLUMNS
+        if self.mixed and accumulate:
             torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
-        else:
+        elif self.mixed:
             torch.mm(a, b, out_dtype=self.dtype, out=out)
+        elif narrow and out.device.type == "cpu":
+            if not accumulate:
+                out.zero_()
+            for k in range(0, a.shape[1], SHORT_SUM):
+                out += a[:, k : k + SHORT_SUM] @ b[k : k + SHORT_SUM]
+        elif accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
 
 
 def _kept_tile(

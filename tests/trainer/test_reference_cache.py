@@ -263,7 +263,8 @@ def test_damaged_rows_alone_are_scored_again(
     path.write_bytes(content)
     again = run()
     assert counts(again)[0][0] == 2
-    assert losses_of(again) == losses_of(first)
+    # scored in a smaller batch, whose products may round otherwise
+    assert losses_of(again) == pytest.approx(losses_of(first), abs=1e-6)
     assert len(again.caches[0].damage) == 1
     assert counts(run()) == [(0, 16)]
     assert cli.main(["cache", "verify"]) == 1
