@@ -20,7 +20,9 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
 STAGES=(
   "build      compile the kernels for this GPU and install the package"
-  "test       the tests marked gpu"
+  "kernels    tests marked gpu of the Triton and CUDA row kernels"
+  "op         tests marked gpu of the whole op: hostile inputs, graphs, streams, no sync"
+  "models     tests marked gpu of the whole op: the heads of real models, and its peak memory"
   "memcheck   compute-sanitizer memcheck, every kernel on one shape"
   "racecheck  compute-sanitizer racecheck"
   "initcheck  compute-sanitizer initcheck"
@@ -29,6 +31,10 @@ STAGES=(
   "medium     bench: head of Llama-3.2-1B, 8,192 rows, bf16"
   "large      bench: head of Llama-3-8B, 8,192 rows, bf16"
   "kept       bench: the same three with a budget that holds all of E"
+  "lengths    bench: head of Llama-3-8B, 1,024, 4,096 and 32,768 rows; this package and the floor"
+  "heads      bench: the other heads, 8,192 rows; this package and the floor"
+  "along-n    cost curve against N, to 65,536 rows"
+  "along-v    cost curve against V, to 1,048,576 entries"
 )
 
 build() {
@@ -39,7 +45,8 @@ build() {
   "$PYTHON" -m fastpref doctor || true # its status also counts packages that only training needs
 }
 
-gpu_tests() { "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --durations=10; }
+# Named files: collecting the others would need what only training needs.
+gpu_tests() { "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider --durations=10 "$@"; }
 
 sanitize() {
   # Without torch's caching allocator every buffer is an allocation of its own, with edges to step over.
@@ -47,30 +54,41 @@ sanitize() {
     --error-exitcode 1 "$PYTHON" benchmarks/one_of_each.py
 }
 
+# Of the checkout: the installed package knows none.
+COMMIT="${COMMIT:-$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)}"
+
 bench() {
-  local commit # of the checkout: the installed package knows none
-  commit="${COMMIT:-$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)}"
   "$PYTHON" -m fastpref bench --device cuda --dtype bf16 --rounds "$ROUNDS" --out "$OUT/gpu.json" \
-    --commit "$commit" "$@"
+    --commit "$COMMIT" "$@"
 }
 
-kept() {
-  local shape
-  for shape in qwen2.5-0.5b@8192 llama-3.2-1b@8192 llama-3-8b@8192; do
-    bench --shape "$shape" --schedule trainable --budget 16384 --peers none || return 1
-  done
+curve() {
+  "$PYTHON" benchmarks/curves.py --device cuda --along "$1" --head llama-3.2-1b --commit "$COMMIT" \
+    --out "$OUT/curves-cuda.json"
 }
 
 run() {
   case "$1" in
     build) build ;;
-    test) gpu_tests ;;
+    kernels) gpu_tests tests/test_triton_kernels.py tests/test_triton_rows.py tests/test_cuda_kernels.py ;;
+    op) gpu_tests tests/test_gpu_op.py -k "not real_models and not peak_memory" ;;
+    models) gpu_tests tests/test_gpu_op.py -k "real_models or peak_memory" ;;
     memcheck | racecheck | initcheck) sanitize "$1" ;;
     ceilings) "$PYTHON" benchmarks/ceilings.py "$OUT/ceilings.json" ;;
     small) bench --shape qwen2.5-0.5b@8192 ;;
     medium) bench --shape llama-3.2-1b@8192 ;;
     large) bench --shape llama-3-8b@8192 ;;
-    kept) kept ;;
+    kept)
+      bench --shape qwen2.5-0.5b@8192 llama-3.2-1b@8192 llama-3-8b@8192 --schedule trainable \
+        --budget 16384 --peers none
+      ;;
+    lengths) bench --shape llama-3-8b@1024 llama-3-8b@4096 llama-3-8b@32768 --op logprobs --peers none ;;
+    heads)
+      bench --shape smollm2-135m@8192 gemma-2-2b@8192 qwen3-8b@8192 qwen2.5-32b@8192 gemma-3-27b@8192 \
+        --op logprobs --peers none
+      ;;
+    along-n) curve N ;;
+    along-v) curve V ;;
   esac
 }
 

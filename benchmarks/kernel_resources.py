@@ -57,7 +57,7 @@ def cases() -> Iterator[Case]:
     """Every kernel: the variants that the schedules launch, and the heaviest."""
     hidden = launch.hidden_config(HIDDEN) | {"HIDDEN": HIDDEN}
     state = {"tile": "fp32", "state": "fp32", "targets": "i64"}
-    for width in (8192, 32768, 29952, 65536):
+    for width in (8192, 16384, 32768, 29952, 65536):
         for variant, out, bias, capped, stats in (
             ("no gradient", None, False, False, False),
             ("bf16 out", "bf16", False, False, False),
@@ -128,7 +128,7 @@ def compile_case(case: Case, arch: int) -> Any:
     return triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={k: v for k, v in case.config.items() if k in ("num_warps", *launch.UNFUSED)},
+        options={k: v for k, v in case.config.items() if k in ("num_warps", *launch.LEAN)},
     )
 
 

@@ -1,12 +1,13 @@
-"""Rewrites the tables of README.md from committed rows, so that no number in it is typed by hand.
+"""Rewrites the tables of README.md and docs/plan.md from committed rows, so that no number in them
+is typed by hand.
 
 A table stands between ``<!-- bench:FILE FIELD=VALUE ... -->`` and ``<!-- /bench -->``: the rows of
 ``benchmarks/FILE.json`` whose fields have those values, e.g.
 ``<!-- bench:results/cpu schedule=trainable dtype=fp32 -->``. Where a file holds several rows of one
 case, the last one counts.
 
-    python benchmarks/tables.py             # rewrites README.md
-    python benchmarks/tables.py --check     # status 1 if it is out of date
+    python benchmarks/tables.py             # rewrites them
+    python benchmarks/tables.py --check     # status 1 if one is out of date
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "plan.md")
 MARKED = re.compile(r"(<!-- bench:(\S+)((?: \S+=\S+)*) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 OUT = re.compile(r" --out \S+")
 
@@ -90,8 +91,29 @@ STEP = Kind(
 )
 
 
+PLAN = Kind(
+    ("device", "worked_out_on"),
+    lambda row: (
+        f"{'the counting was worked out on these' if row['worked_out_on'] else 'looked at later'}; "
+        f"{row['device']}"
+    ),
+    "peak_rss_bytes",
+    {
+        "run": lambda row: row["system"],
+        "model": lambda row: row["model"],
+        "prompt + response": lambda row: " + ".join(map(str, row["tokens"])),
+        "pairs": lambda row: str(row["pairs_per_micro_batch"]),
+        "predicted MiB": lambda row: _show(row["predicted_bytes"] / 2**20, ",.0f"),
+        "measured MiB": lambda row: _show(row["peak_rss_bytes"] / 2**20, ",.0f"),
+        "off by": lambda row: _show(row["error"], "+.1%"),
+    },
+)
+
+
 def kind_of(row: Row) -> Kind:
     """How a row is shown: by the fields it has."""
+    if "predicted_bytes" in row:
+        return PLAN
     return STEP if "seconds_per_step" in row else OP
 
 
@@ -150,18 +172,20 @@ def rewritten(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite, or with ``--check`` compare: 1 if the README is out of date."""
+    """Rewrite, or with ``--check`` compare: 1 if a page is out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
     asked = parser.parse_args()
-    old = README.read_text()
-    new = rewritten(old)
-    if asked.check:
-        if new != old:
-            print("README.md is out of date: python benchmarks/tables.py", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    stale = 0
+    for page in PAGES:
+        old = page.read_text()
+        new = rewritten(old)
+        if not asked.check:
+            page.write_text(new)
+        elif new != old:
+            print(f"{page.name} is out of date: python benchmarks/tables.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

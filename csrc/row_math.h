@@ -150,17 +150,12 @@ FASTPREF_INLINE c logit(c x, c bias, c scale, c softcap, c inverse_softcap) {
   return kCapped ? softcap * tanh_exact(z * inverse_softcap) : z;
 }
 
-// dz/d(uncapped z) = 1 - (z / softcap)^2, with less cancellation. On a CPU t becomes the rounded
-// quotient (by fused multiply-adds): at the cap it is 1, and the slope 0, exactly. On a GPU the two
-// more numbers a thread would have to hold spill registers of the sweep.
+// dz/d(uncapped z) = 1 - (z / softcap)^2, as a product of differences that are exact where they are
+// small: at the cap it is 0.
 template <class c>
 FASTPREF_INLINE c cap_slope(c z, c softcap) {
   const c inverse = c(1) / softcap;  // out of the caller's loop
-  c t = z * inverse;
-#if !defined(__CUDA_ARCH__)
-  t += (z - t * softcap) * inverse;
-#endif
-  return (c(1) - t) * (c(1) + t);
+  return ((softcap - z) * inverse) * ((softcap + z) * inverse);
 }
 
 // The same from z before the cap: 1 / cosh^2, without cancellation, for another exponential.

@@ -147,6 +147,7 @@ def prepare_dataset(
     name: str,
     extend: Callable[[Any], Any] = lambda dataset: dataset,
     vocab_size: int | None = None,
+    whole: bool = False,
 ) -> Any:
     """The dataset as token ids, its report printed if there is something to say.
 
@@ -158,6 +159,7 @@ def prepare_dataset(
         name: For the progress bar.
         extend: Adds the responses that are made of the others: :func:`extend_dataset`.
         vocab_size: Tokens that the model has; None = any id passes.
+        whole: Drop rows that a limit would cut.
     """
     with args.main_process_first(desc=f"tokenising {name}"):
         dataset, report = tokenize_dataset(
@@ -172,6 +174,8 @@ def prepare_dataset(
             num_proc=args.dataset_num_proc,
             max_bad_rows=args.max_bad_rows,
             vocab_size=vocab_size,
+            whole=whole,
+            assistant_only=args.assistant_only_loss,
             desc=f"Tokenising {name}",
         )
         dataset = extend(dataset)
@@ -272,8 +276,9 @@ def likelihood_rates(dataset: Any, kind: str, prompts: bool) -> dict[str, float]
         return int(token_counts(dataset, [f"{column}_ids"])[f"{column}_ids"].sum())
 
     size = max(len(dataset), 1)
-    more = total("prompt") - size if prompts else 0
-    found = {"tokens_per_pair": (total("chosen") + more) / size}
+    found = {"tokens_per_pair": total("chosen") / size}
+    if prompts:
+        found["prompt_tokens_per_pair"] = (total("prompt") - size) / size
     if "third_ids" in dataset.column_names:
         found["third_tokens_per_pair"] = total("third") / size
     return found

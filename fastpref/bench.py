@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from fastpref import backends, costs, measure
+from fastpref.case import OPS, Passes, System
 from fastpref.costs import HEADS, SCHEDULES, UNITS, Head
 from fastpref.disk import write_text
 from fastpref.measure import Check, Problem, Times
-from fastpref.peers import OPS, Passes, System, systems
+from fastpref.peers import systems
 from fastpref.provenance import commit, device_name, versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,14 +121,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the bench as asked: 0, or 1 if a result was wrong."""
     asked = _parse(argv)
     if asked.list:
-        for system in systems(asked.plugin):
-            print(f"{system.name:28} {system.op:14} {' '.join(system.schedules)}")
+        print(listing(asked.plugin))
         return 0
     if asked.rounds < 1:
         raise ValueError(f"--rounds: expected at least 1, got {asked.rounds}")
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = asked.device or _device()
     clock = "device" if device == "cuda" else asked.clock
     budget = None if asked.budget is None else asked.budget << 20
     shapes = [asked.explain] if asked.explain else asked.shape or ["smollm2-135m"]
@@ -151,6 +151,20 @@ def main(argv: Sequence[str]) -> int:
                         asked.out, rows(problem, entries, clock, asked.commit or commit(), command)
                     )
     return int(failed)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def listing(plugins: list[str]) -> str:
+    """Every system, its op and schedules, and whether it runs here; if not, why, and what adds
+    it."""
+    case = Problem(2, Head(8, 16), torch.bfloat16, _device(), "none").case()
+    return "\n".join(
+        f"{s.name:27} {s.op:13} {' '.join(s.schedules):31} {s.why_not(case) or 'ok'}"
+        for s in systems(plugins)
+    )
 
 
 def _chosen(asked: argparse.Namespace) -> list[System]:
@@ -187,7 +201,9 @@ def run(problem: Problem, chosen: list[System], rounds: int, clock: str) -> list
         An entry per system that knows the schedule; those that cannot run, or are wrong, say why
         and have no times.
     """
-    gate, case = problem.case(seed=1, rows=problem.gate_rows()), problem.case()
+    torch._dynamo.reset()  # past a number of shapes it would stop compiling, in silence
+    case = problem.case()
+    gate = problem.case(seed=1, rows=problem.gate_rows(), like=case)
     chosen = [s for s in chosen if problem.schedule in s.schedules]
     entries: list[Entry] = []
     ready: dict[int, Passes] = {}
@@ -287,18 +303,30 @@ def append(path: Path, new: list[dict[str, Any]]) -> None:
 
 
 COLUMNS = (
-    *("system", "op", "forward ms", "backward ms", "total ms", "± IQR", "x floor", "TFLOP/s"),
-    *("extra MiB", "nats/1024", "gradient error", "repeats"),
+    *("system", "op", "forward ms", "backward ms", "total ms", "± IQR", "x floor"),
+    *("TFLOP/s", "GB/s", "extra MiB", "nats/1024", "gradient error", "repeats"),
 )
+
+
+def needed(problem: Problem, op: str) -> tuple[int, int]:
+    """Flops and bytes that the answer takes, the same for every system: work that one repeats does
+    not raise its rate.
+
+    Flops: 2 N H V a matrix product (none: 1 product, frozen: 2, trainable: 3). The floor alone is
+    credited with the products of its schedule, a recomputed one too. Bytes: hidden, weight and
+    targets read once, log-probabilities and gradients written once.
+    """
+    head, schedule = problem.head, problem.schedule
+    units = UNITS[schedule] if op == "gemms" else min(6, UNITS[schedule])
+    n, h, v = problem.rows, head.hidden_size, head.vocab_size
+    written = {"none": 0, "frozen": n}.get(schedule, n + v)
+    moved = problem.dtype.itemsize * h * (n + v + written) + (8 + 4) * n
+    return units * n * h * v, moved
 
 
 def cells(problem: Problem, entry: Entry) -> list[str]:
     """A table row as text, in the order of :data:`COLUMNS`; for a system without times its note.
-
-    TFLOP/s counts what the answer needs, 2 N*H*V flops a matrix product (none: 1 product, frozen:
-    2, trainable: 3), for every system alike: work that a system repeats does not raise its rate.
-    The floor alone is credited with the products of its schedule, a recomputed one too.
-    """
+    The rates count what is :func:`needed`."""
     names = [entry.system.name, entry.system.op]
     if not entry.times:
         return [*names, entry.note]
@@ -306,10 +334,7 @@ def cells(problem: Problem, entry: Entry) -> list[str]:
     def show(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    units = (
-        UNITS[problem.schedule] if entry.system.op == "gemms" else min(6, UNITS[problem.schedule])
-    )
-    flops = units * problem.rows * problem.head.hidden_size * problem.head.vocab_size
+    flops, moved = needed(problem, entry.system.op)
     total, peak, found = entry.total, entry.peak_extra_bytes, entry.found
     return [
         *names,
@@ -319,6 +344,7 @@ def cells(problem: Problem, entry: Entry) -> list[str]:
         show(entry.spread, ".2f"),
         show(entry.floor_ratio, ".3f"),
         show(flops / total / 1e9 if total else None, ".3g"),
+        show(moved / total / 1e6 if total else None, ".3g"),
         show(None if peak is None else peak / 2**20, ".0f"),
         show(found.error_nats_per_1024, ".1e"),
         show(found.relative_gradient_error, ".1e"),

@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": ("fastpref.sweep", "compare losses and betas from one cached reference pass"),
     "rounds": ("fastpref.rounds.command", "iterative recipes: sample, score, pair, train, again"),
     "score": ("fastpref.score", "log-probs and implicit rewards of a dataset's responses"),
+    "plan": ("fastpref.plan", "predict a run's peak memory: what fits, and what to change"),
     "inspect": ("fastpref.inspect", "what tokenisation and truncation do to a dataset"),
     "cache": ("fastpref.cache", "build, list, verify or clear the cached reference log-probs"),
     "losses": ("fastpref.catalogue", "list the losses, or describe one"),

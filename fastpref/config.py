@@ -120,6 +120,9 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     max_bad_rows: int | None = _option(
         None, "Stop if more dataset rows than this cannot be trained on. None: any number."
     )
+    assistant_only_loss: bool = _option(
+        False, "Of responses of several turns, score what the assistant says alone."
+    )
     padding_free: bool = _option(True, "Accepted for TRL's sake: rows are always packed.")
     pad_to_multiple_of: int | str | None = _option(
         "auto", "Pad rows to a multiple of this many tokens. 'auto': no."
@@ -211,6 +214,10 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
             given = getattr(self, "liger_kernel_config", None) or {}
             self.liger_kernel_config = {**given, **without}
         self._check()
+
+    def head_options(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`fastpref.policy.response_logps`."""
+        return {"backend": self.backend, "memory_budget": self.head_memory_budget}
 
     def loss_options(self) -> dict[str, tuple[str, Any]]:
         """Options that are arguments of losses: their name there, and the value or None."""

@@ -119,6 +119,12 @@ def read_head(module: Any, hidden: Tensor) -> Head:
             f"model: the output embedding is quantised ({weight.dtype}). Keep it in floating "
             "point, for instance by llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig."
         )
+    if weight.dim() < 2 and hasattr(weight, "ds_id"):
+        raise TypeError(
+            "model: DeepSpeed ZeRO-3 has divided the output embedding and gathers it for a forward "
+            "of its own, which it has not under an adapter. Take the head out of the adapter, or "
+            "use ZeRO-2 or FSDP2."
+        )
     return Head(hidden, weight, getattr(module, "bias", None))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastpref import checkpoint, selfcheck
+from fastpref import checkpoint, scratch, selfcheck
 from fastpref.data.formats import response_names
 from fastpref.metrics import Meter
 from fastpref.reference_policy import Frozen
@@ -49,6 +49,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         """Checkpoint that the run goes on from."""
         self._window: list[tuple[Tensor, Tensor]] = []
         self._before: _Snapshot | None = None
+        if trainer.args.device.type == "cpu":
+            scratch.map_large_blocks()
 
     def note(self, example_ids: Tensor, losses: Tensor) -> None:
         """Remember a micro-batch of this optimiser step."""
@@ -90,7 +92,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             selfcheck.check_or_unpack(
                 model, examples, collate, names, trainer.data_collator, **options
             )
-            if trainer.reference.live:
+            if trainer.reference.live and not trainer.reference.reads_texts:
                 start = fresh and trainer.reference.is_start
                 batch = collate(examples)
                 selfcheck.check_reference(model, trainer.reference, batch, start=start, **options)
@@ -135,6 +137,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move a reference that follows the policy; stop if all agreed to."""
         trainer = self.trainer
+        trainer.meter.end_step()
         reference = trainer.reference
         moves = args.sync_ref_model and state.global_step % args.ref_model_sync_steps == 0
         if moves and isinstance(reference, Frozen):

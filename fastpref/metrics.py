@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastpref.losses import GroupLogps, PairLogps, UnpairedLogps
 from fastpref.losses.combine import Combined
 from fastpref.ops import segment_sum
 from fastpref.policy import Batch, ResponseLogps
+from fastpref.stopwatch import Stopwatch
 
 Rows = Mapping[str, tuple[Tensor, Tensor]]
 """By key: for each example a number, and its share of what the mean is taken over. Shapes (B,)."""
@@ -139,6 +141,27 @@ def _unpaired_rows(
     return rows
 
 
+def accuracy_by_length(rows: Rows) -> Rows:
+    """The accuracy of pairs apart by the tokens of their longer response; of single ones, nothing.
+
+    Args:
+        rows: Of :func:`example_rows`.
+
+    Returns:
+        ``rewards/accuracies/len_1-32``, ``..._33-64`` and so on, doubling.
+    """
+    if "rewards/accuracies" not in rows:
+        return {}
+    wins, _ = rows["rewards/accuracies"]
+    longer = torch.maximum(rows["len/chosen"][0], rows["len/rejected"][0])
+    found = {}
+    for low, high in pairwise([0, *(2**k for k in range(5, 15)), torch.inf]):
+        inside = ((longer > low) & (longer <= high)).double()
+        name = f"len_{low + 1}-{high}" if high < torch.inf else f"len_{low + 1}-"
+        found[f"rewards/accuracies/{name}"] = (wins * inside, inside)
+    return found
+
+
 def _ratio(logps: Tensor, ref: Tensor | None) -> Tensor:
     """Log-ratio to the reference, of several to the first, of none to 0."""
     return logps if ref is None else logps - ref.view(-1, ref.shape[-1])[0]
@@ -152,18 +175,27 @@ class Meter:
         self._keys: list[str] = []
         self._totals: Tensor | None = None
         self._examples, self._tokens = 0, 0
+        self._step = 0
+        """Tokens laid out in rows since the optimiser step began."""
+        self._steps = (0, 0, 0)
+        """Of the optimiser steps: their number, such tokens, and the sum of their squares."""
         self.tokens_seen = 0
         """Tokens of all batches of the run that were read back, over all ranks."""
+        self.head = Stopwatch()
+        """Runs while the policy's head does."""
         self._since = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, rows: Rows, tokens: int = 0, counts: Tensor | None = None) -> None:
+    def add(
+        self, rows: Rows, tokens: int = 0, counts: Tensor | None = None, laid_out: int = 0
+    ) -> None:
         """Add a batch; no host sync.
 
         Args:
             rows: Of :func:`example_rows`.
-            tokens: Tokens in it.
+            tokens: Tokens in it, a prompt counted for each response.
             counts: Bool, ``(B,)``: the examples that count; None: all.
+            laid_out: Tokens that went through the model, padding included.
         """
         pairs = list(rows.values())
         stacked = torch.stack([x.double() for x, _ in pairs] + [n.double() for _, n in pairs])
@@ -174,6 +206,17 @@ class Meter:
         self._totals = total if self._totals is None else self._totals + total
         self._examples += stacked.shape[1]
         self._tokens += tokens
+        self._step += laid_out
+
+    def end_step(self) -> None:
+        """An optimiser step ends here."""
+        steps, total, squares = self._steps
+        self._steps = (steps + 1, total + self._step, squares + self._step**2)
+        self._step = 0
+
+    def tokens_so_far(self, sum: Callable[[Tensor], Tensor], device: torch.device) -> float:
+        """Tokens of all batches of the run, over all ranks; ``sum`` adds up a tensor over them."""
+        return self.tokens_seen + float(sum(torch.tensor(self._tokens, device=device)))
 
     def read(
         self, reduce: Callable[[Tensor], Tensor] | None = None, rates: bool = True
@@ -182,14 +225,20 @@ class Meter:
 
         Args:
             reduce: Sums a tensor over ranks; None: one rank.
-            rates: Also tokens and examples a second, and peak memory.
+            rates: Also tokens and examples a second, seconds in all and in the policy's head, mean
+                and spread of the tokens of a step, and peak memory. Times are of the mean rank,
+                memory is this rank's.
         """
         if self._totals is None:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        host = self._totals.new_tensor([self._examples, self._tokens])
-        packed = torch.cat([self._totals, host])
-        *numbers, examples, tokens = (packed if reduce is None else reduce(packed)).tolist()
+        own = (self._examples, self._tokens, *self._steps, seconds, self.head.take(), 1)
+        packed = torch.cat([self._totals, self._totals.new_tensor(own)])
+        found = (packed if reduce is None else reduce(packed)).tolist()
+        numbers, (examples, tokens, steps, laid_out, squares, total, head, ranks) = (
+            found[: -len(own)],
+            found[-len(own) :],
+        )
         size = len(self._keys)
         sums = dict(zip(self._keys, numbers[:size], strict=True))
         shares = dict(zip(self._keys, numbers[size:], strict=True))
@@ -203,9 +252,17 @@ class Meter:
             result |= {
                 "time/tokens_per_second": tokens / seconds,
                 "time/pairs_per_second": examples / seconds,
+                "time/seconds": total / ranks,
+                "time/head_seconds": head / ranks,
                 "mem/peak_bytes": float(peak_memory(packed.device)),
             }
-        self._totals, self._examples, self._tokens = None, 0, 0
+        if rates and steps:
+            mean = laid_out / steps
+            result |= {
+                "len/tokens_per_step": mean,
+                "len/tokens_per_step_std": max(squares / steps - mean**2, 0.0) ** 0.5,
+            }
+        self._totals, self._examples, self._tokens, self._steps = None, 0, 0, (0, 0, 0)
         self._since = time.perf_counter()
         return result
 
@@ -224,6 +281,7 @@ class Meter:
             "totals": None if self._totals is None else self._totals.tolist(),
             "examples": self._examples,
             "tokens": self._tokens,
+            "steps": self._steps,
             "tokens_seen": self.tokens_seen,
         }
 
@@ -234,6 +292,7 @@ class Meter:
             None if totals is None else torch.tensor(totals, dtype=torch.float64, device=device)
         )
         self._examples, self._tokens = state["examples"], state["tokens"]
+        self._step, self._steps = 0, tuple(state.get("steps", (0, 0, 0)))
         self.tokens_seen = state["tokens_seen"]
         self._since = time.perf_counter()
 

@@ -106,6 +106,30 @@ def load_tokenizer(model: Any, *, trust_remote_code: bool = False, **options: An
         ) from error
 
 
+def load_config(name: str, args: Any, *, revision: str | None = None) -> Any:
+    """A model's configuration, by the model's name or path or by that of its ``config.json``.
+
+    Args:
+        name: As for ``from_pretrained``.
+        args: A :class:`fastpref.PreferenceConfig`.
+        revision: On the hub.
+
+    Raises:
+        FileNotFoundError: The path is not there, or holds no model, or the hub does not give it.
+        ValueError: The file is no configuration of a model.
+    """
+    from transformers import AutoConfig
+
+    path = name if Path(name).is_file() else _folder(name)
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, **options)
+    except (OSError, ValueError) as error:
+        if (missing := _not_had(name, error)) is not None:
+            raise missing from error
+        raise ValueError(f"{name}: no configuration of a model: {error}") from error
+
+
 def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) -> Any:
     """A causal language model by name or path; safetensors and no remote code unless asked.
 
@@ -215,7 +239,8 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
 
 
 def adjust(model: nn.Module, args: Any) -> None:
-    """Turn off dropout and compile the backbone, of policy or reference, as ``args`` ask.
+    """Turn off dropout and compile the backbone, of policy or reference, as ``args`` ask; and keep
+    four-bit weights as they are.
 
     The head stays as it is: what is hooked to it differs from call to call.
     """
@@ -225,6 +250,12 @@ def adjust(model: nn.Module, args: Any) -> None:
         for name in ("attention_dropout", "dropout", "hidden_dropout", "attn_pdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+    packs = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        # On a CPU bitsandbytes packs a weight anew at its first forward in eval mode, such as the
+        # reference's, and no gradient passes what is packed.
+        if hasattr(module, packs):
+            setattr(module, packs, False)
     if args.torch_compile:
         backbone = causal_lm(model).base_model
         backbone.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)

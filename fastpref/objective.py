@@ -184,7 +184,7 @@ def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
         given |= {"ref_chosen": ref[..., chosen], "ref_rejected": ref[..., rejected]}
     elif REF_COLUMNS["pair"][0] in batch:
         names = [f"ref_{name}" for name in (*SIDES, *EXTRAS) if f"ref_{name}_logps" in batch]
-        given |= {name: batch[f"{name}_logps"] for name in names}
+        given |= {name: _by_reference(batch[f"{name}_logps"]) for name in names}
     if "prompts" in batch:
         prompts = batch["prompts"]
         given |= {"prompt": sums[prompts], "prompt_lengths": batch["lengths"][prompts]}
@@ -195,6 +195,11 @@ def _pairs(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
     if "third" in batch:
         given["third_lengths"] = batch["lengths"][batch["third"]]
     return given
+
+
+def _by_reference(sums: Tensor) -> Tensor:
+    """A column of sums as losses take it: of several references ``(K, B)``."""
+    return sums.mT if sums.dim() > 1 else sums
 
 
 def _groups(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def _unpaired(batch: Batch, sums: Tensor, ref: Tensor | None) -> dict[str, Any]:
     if ref is not None:
         given["ref_logps"] = ref[..., :size]
     elif "ref_logps" in batch:
-        given["ref_logps"] = batch["ref_logps"]
+        given["ref_logps"] = _by_reference(batch["ref_logps"])
     if "mismatched" in batch and not len(batch["mismatched"]):
         # No response of the batch is mismatched: KTO's reference point is 0.
         given |= {"kl_logps": sums.new_zeros(1), "ref_kl_logps": sums.new_zeros(1)}
@@ -272,9 +277,7 @@ def likelihood_tokens(batch: Batch) -> Mapping[str, Tensor]:
         return {}
     found = {"tokens_per_pair": batch["lengths"][batch["pairs"][:, 0]].sum()}
     if "prompts" in batch:
-        found["tokens_per_pair"] = (
-            found["tokens_per_pair"] + batch["lengths"][batch["prompts"]].sum()
-        )
+        found["prompt_tokens_per_pair"] = batch["lengths"][batch["prompts"]].sum()
     if "third" in batch:
         found["third_tokens_per_pair"] = batch["lengths"][batch["third"]].sum()
     return found

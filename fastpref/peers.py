@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -20,103 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpref import backends, linear, ops
+from fastpref.case import OPS, PREFERENCE, Case, Passes, System, differentiable, pairs_of, uneven
 from fastpref.costs import SCHEDULES
-
-BETA = 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem: what is given to every system."""
-
-    hidden: Tensor
-    """``(N, H)``; requires a gradient unless the schedule is ``none``."""
-    weight: Tensor
-    """``(V, H)``; requires a gradient where the head is trained."""
-    targets: Tensor
-    """``(N,)`` int64."""
-    upstream: Tensor
-    """``(N,)`` fp32: gradient that arrives at the per-token log-probabilities."""
-    schedule: str
-    softcap: float | None = None
-    budget: int | None = None
-    """``memory_budget`` of the op."""
-
-    @property
-    def device(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
-        return self.hidden.device.type
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that are differentiated."""
-        return [x for x in (self.hidden, self.weight) if x.requires_grad]
-
-
-OPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logprobs": lambda logps: logps,
-    "cross_entropy": lambda logps: -logps.sum(),
-    "dpo": lambda logps: reference_free_dpo(logps),
-}
-"""What a system computes, from the per-token log-probabilities. ``logprobs`` takes any upstream
-gradient per token; the others are scalars, which some peers offer only."""
-
-
-def pairs_of(rows: int) -> int:
-    """Preference pairs that ``rows`` rows hold in op ``dpo``: responses of 512 tokens, at least one
-    pair."""
-    return max(1, rows // 1024)
-
-
-def reference_free_dpo(logps: Tensor) -> Tensor:
-    """Mean DPO loss of pairs, references 0; the first half of ``logps`` is the chosen ones'."""
-    chosen, rejected = logps.view(2, pairs_of(logps.numel()), -1).sum(-1)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-@dataclass(frozen=True)
-class Passes:
-    """A system, ready to run on a case: two closures, timed apart."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[Any], tuple[Tensor, ...]]
-
-
-def _runs(case: Case) -> str:
-    return ""
-
-
-@dataclass(frozen=True)
-class System:
-    """Something to measure."""
-
-    name: str
-    op: str
-    start: Callable[[Case], Passes]
-    """Prepares the passes; whatever it does once is not timed."""
-    why_not: Callable[[Case], str] = _runs
-    """Why the system cannot run on a case; empty if it can."""
-    package: str = ""
-    """Distribution whose version belongs into the row, besides torch and this one."""
-    schedules: tuple[str, ...] = field(default=SCHEDULES[:3])
-    """Schedules that it is measured in; a peer knows no memory budget of 0."""
-
-
-def differentiable(case: Case, function: Callable[[Tensor, Tensor], Tensor]) -> Passes:
-    """Passes of ``function(hidden, weight)`` through autograd; it returns log-probs or a scalar."""
-    inputs = case.inputs
-
-    def forward() -> Tensor:
-        with torch.set_grad_enabled(bool(inputs)):
-            return function(case.hidden, case.weight)
-
-    def backward(output: Tensor) -> tuple[Tensor, ...]:
-        if not inputs:
-            return ()
-        grad = case.upstream.to(output.dtype) if output.dim() else torch.ones_like(output)
-        return torch.autograd.grad(output, inputs, grad)
-
-    return Passes(forward, backward)
 
 
 def _fastpref(backend: str, op: str = "logprobs") -> System:
@@ -140,14 +45,9 @@ def _fastpref(backend: str, op: str = "logprobs") -> System:
             backends.resolve(backend, case.device, case.hidden.dtype)
         except RuntimeError as error:
             return str(error)
-        return _uneven(case) if op == "dpo" else ""
+        return uneven(case) if op in PREFERENCE else ""
 
     return System(f"fastpref[{backend}]", op, start, why_not, schedules=SCHEDULES)
-
-
-def _uneven(case: Case) -> str:
-    rows = case.targets.numel()
-    return "needs rows that make whole pairs" if rows % (2 * pairs_of(rows)) else ""
 
 
 def _gemms(case: Case) -> Passes:
@@ -222,7 +122,6 @@ def _materialised(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _compiled(case: Case) -> Passes:
-    torch._dynamo.reset()
     return differentiable(case, torch.compile(_materialised(case), dynamic=False))
 
 
@@ -267,9 +166,17 @@ def _liger(case: Case) -> Passes:
     return differentiable(case, function)
 
 
-def _liger_dpo(case: Case) -> Passes:
-    liger = importlib.import_module("liger_kernel.chunked_loss")
-    loss = liger.LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+LIGER = {
+    "dpo": ("LigerFusedLinearDPOLoss", {"use_ref_model": False}),
+    "simpo": ("LigerFusedLinearSimPOLoss", {"compute_nll_loss": False}),
+    "orpo": ("LigerFusedLinearORPOLoss", {}),
+}
+
+
+def _liger_preference(op: str, case: Case) -> Passes:
+    name, options = LIGER[op]
+    module = importlib.import_module("liger_kernel.chunked_loss")
+    loss = getattr(module, name)(**PREFERENCE[op], **options)
     sequences = 2 * pairs_of(case.targets.numel())
     targets = case.targets.view(sequences, -1)
 
@@ -304,6 +211,9 @@ def _quack(case: Case) -> Passes:
     return differentiable(case, function)
 
 
+BENCH_EXTRA = "pip install 'fastpref[bench]'"
+
+
 def _needs(
     module: str, *, gpu: bool = False, low: bool = False, softcap: bool = True, even: bool = False
 ) -> Callable[[Case], str]:
@@ -311,7 +221,7 @@ def _needs(
 
     def why_not(case: Case) -> str:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
-            return f"{module.partition('.')[0]} is not installed"
+            return f"{module.partition('.')[0]} is not installed: {BENCH_EXTRA}"
         if gpu and case.device != "cuda":
             return "needs a CUDA device"
         if low and case.hidden.dtype == torch.float32:
@@ -322,7 +232,7 @@ def _needs(
             importlib.import_module(module)
         except Exception as error:  # a peer's import may fail in any way it likes
             return f"does not import: {type(error).__name__}: {error}"
-        return _uneven(case) if even else ""
+        return uneven(case) if even else ""
 
     return why_not
 
@@ -342,6 +252,7 @@ def systems(plugins: list[str] | None = None) -> list[System]:
         plugins: ``"module:function"`` of further systems, besides the installed entry points.
     """
     no_cap = _needs("torch", softcap=False)
+    liger_losses = _needs("liger_kernel.chunked_loss", softcap=False, even=True)
     found = [
         System("gemms", "gemms", _gemms, schedules=SCHEDULES),
         *(_fastpref(backend) for backend in backends.NAMES),
@@ -361,12 +272,11 @@ def systems(plugins: list[str] | None = None) -> list[System]:
             _needs("quack.linear_cross_entropy", gpu=True, low=True, softcap=False),
             "quack-kernels",
         ),
-        _fastpref("auto", "dpo"),
-        System("torch", "dpo", _plain("dpo"), _uneven),
-        System(
-            *("liger", "dpo", _liger_dpo),
-            _needs("liger_kernel.chunked_loss", softcap=False, even=True),
-            "liger-kernel",
+        *(_fastpref("auto", loss) for loss in PREFERENCE),
+        *(System("torch", loss, _plain(loss), uneven) for loss in PREFERENCE),
+        *(
+            System("liger", loss, partial(_liger_preference, loss), liger_losses, "liger-kernel")
+            for loss in PREFERENCE
         ),
     ]
     for entry in entry_points(group="fastpref.bench"):

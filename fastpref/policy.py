@@ -22,6 +22,7 @@ from fastpref.data.masks import PAD_DOCUMENT, mask_mod, to_attention_mask
 from fastpref.heads import Head, causal_lm, logit_transform, output_embedding, read_head
 from fastpref.ops import linear_logprobs
 from fastpref.reference import TokenStats
+from fastpref.stopwatch import Stopwatch
 
 Batch = Mapping[str, Any]
 
@@ -137,6 +138,7 @@ def response_logps(
     return_stats: bool = False,
     inspect: Callable[[Head], Any] | None = None,
     balance_experts: bool = False,
+    watch: Stopwatch | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> ResponseLogps:
@@ -154,6 +156,7 @@ def response_logps(
         inspect: Called with the head and the hidden states of the response tokens, while a sharded
             head is gathered; what it returns comes back as ``extra``.
         balance_experts: Also return the load-balancing loss of a mixture of experts.
+        watch: Takes the time that the head's forward and backward need.
         backend: As in :func:`fastpref.linear_logprobs`.
         memory_budget: As in :func:`fastpref.linear_logprobs`.
 
@@ -168,12 +171,14 @@ def response_logps(
     Numerics:
         As :func:`fastpref.linear_logprobs`: fp32 logits and sums whatever the model's dtype.
     """
+    watch = watch or Stopwatch()
     head_module, transform = output_embedding(model), logit_transform(model)
     result: list[ResponseLogps] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0].flatten(0, -2).index_select(0, batch["response_rows"])
         head = read_head(module, hidden).under(transform)
+        watch.start(hidden)
         found = linear_logprobs(
             head.hidden,
             head.weight,
@@ -186,6 +191,8 @@ def response_logps(
             memory_budget=memory_budget,
         )
         logps, stats = found if isinstance(found, tuple) else (found, None)
+        watch.stop(hidden)
+        watch.around_backward(hidden, logps)
         result.append(ResponseLogps(logps, stats, None if inspect is None else inspect(head)))
         return (args[0][:, :0], *args[1:])
 

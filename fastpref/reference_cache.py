@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fastpref.assets import cache_dir
 from fastpref.disk import sync
 from fastpref.heads import causal_lm
+from fastpref.zero import gathered
 
 logger = logging.getLogger("fastpref")
 
@@ -70,28 +71,30 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """A digest of tensors by name, read one at a time and not copied where they lie on a CPU.
 
     Args:
-        weights: Any dtypes, on any device; sharded ones (DTensor) are gathered one by one, by all
-            ranks together. Storage that occurs under several names is read once.
+        weights: Any dtypes, on any device; sharded ones (DTensor, DeepSpeed ZeRO-3) are gathered
+            one by one, by all ranks together. Storage that occurs under several names is read once.
 
     Returns:
         32 hexadecimal digits, which do not depend on order, device or sharding.
 
     Raises:
-        ValueError: A tensor has no values here (meta device, DeepSpeed ZeRO-3).
+        ValueError: A tensor has no values here (meta device).
     """
     known: dict[Any, str] = {}
     lines = []
     for name in sorted(weights):
-        value = weights[name].detach()
-        if value.is_meta or hasattr(weights[name], "ds_id"):
-            raise ValueError(
-                f"the reference's weight {name!r} is not on this process (meta device or DeepSpeed "
-                "ZeRO-3), so its scores cannot be kept on disk: set ref_cache_dir='none'"
-            )
-        place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        if not value.numel() or place not in known:
-            known[place] = _tensor_digest(value)
-        lines.append(f"{name} {known[place]}")
+        with gathered(weights[name]) as weight:
+            value = weight.detach()
+            if value.is_meta:
+                raise ValueError(
+                    f"the reference's weight {name!r} is not on this process (meta device), so its "
+                    "scores cannot be kept on disk: set ref_cache_dir='none'"
+                )
+            place = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            divided = hasattr(weight, "ds_id")  # gathered in turn into the same memory
+            if divided or not value.numel() or place not in known:
+                known[place] = _tensor_digest(value)
+            lines.append(f"{name} {known[place]}")
     return _digest("\n".join(lines).encode())
 
 
@@ -125,7 +128,7 @@ def identity(
     used = set(known if adapters is None else adapters)
     prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     weights = {}
-    for name, value in inner.state_dict().items():
+    for name, value in inner.state_dict(keep_vars=True).items():
         parts = name.split(".")
         added = "modules_to_save" in parts or any(part.startswith(prefix) for part in parts)
         if known and added and not used.intersection(parts):

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpref.heads import Head, causal_lm, evaluating
 from fastpref.models import load_model
 from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
 from fastpref.policy import Batch, ResponseLogps, response_logps
+from fastpref.ref_tokenizers import check_texts_do, tokenizers_of
 from fastpref.reference_cache import identity
+from fastpref.zero import divided, frozen_engine
 
 logger = logging.getLogger("fastpref")
 
@@ -40,6 +43,8 @@ class Reference:
     """Models of its own."""
     live = False
     """It is a model that runs, not numbers."""
+    reads_texts = False
+    """A model of it has a tokenizer of its own, so that it scores texts, before training."""
 
     def __init__(self, **options: Any) -> None:
         """See the class."""
@@ -168,18 +173,30 @@ class Frozen(Reference):
     Args:
         models: One, or several with the base first.
         is_start: The only one is a copy of the policy.
+        tokenizers: One for each, None for those that read the policy's token ids; empty: all do.
         **options: ``backend`` and ``memory_budget`` of the head.
     """
 
     live = True
 
     def __init__(
-        self, models: Sequence[nn.Module], *, is_start: bool = False, **options: Any
+        self,
+        models: Sequence[nn.Module],
+        *,
+        is_start: bool = False,
+        tokenizers: Sequence[Any] = (),
+        **options: Any,
     ) -> None:
         """See the class."""
         super().__init__(**options)
         self.models = [model.requires_grad_(False).eval() for model in models]
         self.is_start, self.count = is_start, len(models)
+        self.tokenizers = list(tokenizers) or [None] * len(models)
+        self.reads_texts = any(tokenizer is not None for tokenizer in self.tokenizers)
+
+    def each(self) -> list[Frozen]:
+        """Each of its models as a reference by itself."""
+        return [Frozen([model], **self.options) for model in self.models]
 
     def score(
         self, policy: nn.Module, batch: Batch, inspect: Inspect | None = None
@@ -190,18 +207,11 @@ class Frozen(Reference):
         return first._replace(logps=torch.stack(logps)) if others else first
 
     def place(self, accelerator: Any) -> None:
-        """See :meth:`Reference.place`.
-
-        Raises:
-            ValueError: Under DeepSpeed ZeRO-3, which would need a second engine.
-        """
+        """See :meth:`Reference.place`."""
         plugin = accelerator.state.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 with a reference model of its own is not supported: use FSDP2, "
-                "ZeRO-2, LoRA, or a dataset with ref_*_logps columns"
-            )
-        if accelerator.is_fsdp2:
+            self.models = [frozen_engine(m, plugin.deepspeed_config) for m in self.models]
+        elif accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             self.models = [fsdp2_prepare_model(accelerator, model) for model in self.models]
@@ -278,7 +288,14 @@ def keep_start_adapter(model: Any) -> str:
 
 
 def choose_reference(
-    model: Any, given: Any, args: Any, combined: Any, columns: Collection[str], fresh: bool
+    model: Any,
+    given: Any,
+    args: Any,
+    combined: Any,
+    columns: Collection[str],
+    fresh: bool,
+    tokenizer: Any = None,
+    own_tokenizers: Any = None,
 ) -> Reference:
     """The reference that a trainer's arguments and data ask for.
 
@@ -289,9 +306,12 @@ def choose_reference(
         combined: The losses.
         columns: Of the dataset as given.
         fresh: The policy's adapter was added just now, so switching it off gives the start.
+        tokenizer: Of the policy; None: every reference is taken to have the same.
+        own_tokenizers: ``ref_processing_class``: of ``given``, as :func:`tokenizers_of` takes them.
 
     Raises:
-        ValueError: The reference is the policy itself, or cannot move as ``sync_ref_model`` asks.
+        ValueError: The reference is the policy itself, cannot move as ``sync_ref_model`` asks, or
+            has another tokenizer where the loss needs the policy's token ids.
     """
     given = args.ref_models if given is None else given
     if args.reference_free and given is None:
@@ -302,19 +322,24 @@ def choose_reference(
                 "%s needs no reference: ref_model is not used", ", ".join(combined.names)
             )
         return Reference()
-    options = {"backend": args.backend, "memory_budget": args.head_memory_budget}
+    options = args.head_options()
     if given is not None:
-        several = isinstance(given, (list, tuple))
+        listed = list(given) if isinstance(given, (list, tuple)) else [given]
+        tokenizers = (
+            [] if tokenizer is None else tokenizers_of(listed, own_tokenizers, tokenizer, args)
+        )
+        if any(one is not None for one in tokenizers):
+            check_texts_do(combined.needs, combined.kind, args)
         models = [
             load_model(m, args, dtype=causal_lm(model).dtype) if isinstance(m, str) else m
-            for m in (given if several else [given])
+            for m in listed
         ]
         if any(m is model for m in models):
             raise ValueError(
                 "ref_model is the model itself and would train with it; leave ref_model out to use "
                 "a copy of the model as it is now"
             )
-        reference: Reference = Frozen(models, **options)
+        reference: Reference = Frozen(models, tokenizers=tokenizers, **options)
     elif (
         len(found := [c for c in REF_COLUMNS[combined.kind] if c in columns])
         == 1
@@ -327,6 +352,12 @@ def choose_reference(
     elif set(REF_COLUMNS[combined.kind]) <= set(columns):
         logger.info("the reference's log-probs come from the dataset's columns")
         reference = Stored()
+    elif divided(model) and (args.precompute_ref_log_probs or not hasattr(model, "peft_config")):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 has divided the model as it was loaded, so that the reference can be "
+            "no copy of it, and it cannot score the data before training: pass ref_model by name, "
+            "or train an adapter without precompute_ref_log_probs"
+        )
     elif hasattr(model, "peft_config"):
         reference = AdapterOff(None if fresh else keep_start_adapter(model), **options)
     elif args.precompute_ref_log_probs:
@@ -338,6 +369,8 @@ def choose_reference(
             "sync_ref_model moves one reference model of its own, and this run has none (adapters, "
             "stored log-probs) or several: pass one ref_model, or set sync_ref_model=False"
         )
+    if args.sync_ref_model and is_deepspeed_zero3_enabled():
+        raise ValueError("sync_ref_model cannot move weights that DeepSpeed ZeRO-3 has divided")
     if args.ld_alpha is not None and type(reference) is Stored:
         raise ValueError(
             "ld_alpha weighs the reference's tokens, and the dataset's ref_*_logps columns hold "

@@ -23,6 +23,7 @@ from fastpref.data import load_preference_dataset
 from fastpref.data.formats import Kind, response_names
 from fastpref.heads import causal_lm
 from fastpref.models import load_model, load_tokenizer
+from fastpref.ref_tokenizers import tokenizers_of
 from fastpref.reference_policy import Frozen
 from fastpref.scoring import caches_of, kind_of, score_dataset
 
@@ -115,6 +116,11 @@ def score(
     accelerator = Accelerator(cpu=config.use_cpu)
     kind, rows = kind_of(dataset.column_names), dataset
     for name in filter(None, (policy, reference)):
+        if tokenizers_of([name], None, tokenizer, config) != [None]:
+            raise ValueError(
+                f"{reference} has another tokenizer than {policy}, and would read its token ids as "
+                "other text: the reference must have the policy's tokenizer"
+            )
         model = load_model(name, config, frozen=True).to(accelerator.device)
         size = causal_lm(model).get_input_embeddings().num_embeddings
         if name == policy:
@@ -149,7 +155,7 @@ def _scored(
     collator = TrainerCollator(make_collator(config, tokenizer, wanted, model), kind)
     reference = Frozen([model])
     caches = caches_of(reference, model, config, accelerator)
-    _check(model, rows, collator, accelerator, kind)
+    selfcheck.check_rows(model, rows, collator, accelerator, kind)
     return score_dataset(
         reference,
         model,
@@ -167,18 +173,6 @@ def _scored(
 def _largest_id(rows: Any, names: Sequence[str]) -> int:
     columns = ["prompt_ids", *(f"{name}_ids" for name in names)]
     return max(max(ids, default=0) for column in columns for ids in rows[column])
-
-
-def _check(model: Any, rows: Any, collator: TrainerCollator, accelerator: Any, kind: Kind) -> None:
-    """Compare fused head and packed rows with the model itself; unpack what cannot be packed."""
-    names = response_names(rows.column_names, kind)
-    examples = [selfcheck.shorten(row, names) for row in rows.select(range(min(2, len(rows))))]
-
-    def collate(rows: list[Any]) -> Any:
-        batch = collator(rows)
-        return {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in batch.items()}
-
-    selfcheck.check_or_unpack(model, examples, collate, names, collator)
 
 
 def responses(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.data.formats import response_names
 from fastpref.heads import causal_lm, evaluating
 from fastpref.policy import Batch, model_inputs, response_logps
 from fastpref.reference_policy import Reference
@@ -73,6 +74,34 @@ def check_or_unpack(
         logger.warning("%s Each sequence gets a row of its own.", error)
         collator.unpack()
         check_policy(model, examples, collate, responses, **options)
+
+
+def check_rows(
+    model: nn.Module, rows: Any, collator: Any, accelerator: Any, kind: str, **options: Any
+) -> None:
+    """:func:`check_or_unpack` on the first rows of a dataset of token ids.
+
+    Args:
+        model: On its device.
+        rows: A ``datasets.Dataset``.
+        collator: A :class:`fastpref.batches.TrainerCollator`.
+        accelerator: accelerate's.
+        kind: Of the rows.
+        **options: As in :func:`check_policy`.
+
+    Raises:
+        FloatingPointError: As :func:`check_policy`.
+        RuntimeError: As :func:`check_policy`.
+    """
+    names = response_names(rows.column_names, kind)
+    examples = [shorten(row, names) for row in rows.select(range(min(2, len(rows))))]
+
+    def collate(rows: list[Any]) -> Any:
+        batch = collator(rows)
+        return {k: v.to(accelerator.device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    with accelerator.autocast():
+        check_or_unpack(model, examples, collate, names, collator, **options)
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 The reference is the model as it starts. It scores every pair once, before the first cell; each cell
 then trains the same weights on the same pairs in the same order with its own loss and beta. All are
 measured alike, by log-ratios to that reference: accuracy, margin, an estimate of the KL divergence,
-and the length of the answers that the model itself then gives. A finished cell is a file, so a
-sweep that was stopped goes on where it was.
+and by the answers that the model itself then gives: their length, and how often a judge prefers
+them to those of the start. A finished cell is a file, so a sweep that was stopped goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -21,20 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastpref.demo import (
-    BATCH,
-    HELD_OUT,
-    RATE,
-    STEPS,
-    bootstrap,
-    split_by_prompt,
-    tiny_model,
-    tiny_pairs,
-    wins,
-)
+from fastpref.demo import BATCH, HELD_OUT, RATE, STEPS, split_by_prompt, tiny_model, tiny_pairs
 from fastpref.provenance import commit, device_name, versions
+from fastpref.sweep_measure import Measure, make_judge, win_rates
 from fastpref.sweep_report import START, Row, draw, report
 
 LOSSES, BETAS = ("dpo", "ipo", "kto_pair"), (0.01, 0.1, 0.5)
@@ -53,6 +44,7 @@ class Settings:
     batch_size: int = _option(BATCH, "pairs a step")
     held_out: int = _option(HELD_OUT, "pairs that are measured and not trained on")
     max_length: int = _option(256, "most tokens of prompt and response; the rest is cut")
+    answers: int = _option(HELD_OUT, "most held-out prompts that each model answers")
     new_tokens: int = _option(96, "most tokens of an answer; 0: none are asked for")
     seed: int = _option(0, "of the order of the pairs, and of which are held out")
 
@@ -101,6 +93,12 @@ def main(argv: Sequence[str]) -> int:
     for each in fields(Settings):
         option = f"--{each.name.replace('_', '-')}"
         add(option, type=type(each.default), default=each.default, help=each.metadata["help"])
+    add(
+        "--judge",
+        help="compares each cell's answers with the start's: a function, module:name or "
+        "file.py:name, of (prompt, answer, other), the probability that answer is better, or of "
+        "(prompt, answer), a score; or a scorer of fastpref rounds, '{kind: ..., ...}'",
+    )
     add("--run-dir", type=Path, help="where results go (default runs/sweep-DATE-TIME)")
     add("--ref-cache-dir", default="auto", help="of the reference's log-probs, as for train")
     add("--cpu", action="store_true", help="leave a GPU alone")
@@ -108,6 +106,8 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     run_dir = given.run_dir or Path("runs", time.strftime("sweep-%Y%m%d-%H%M%S"))
     settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
+    if given.judge and not settings.new_tokens:
+        raise ValueError("--judge compares answers, and --new-tokens 0 asks for none")
     try:
         results = sweep(
             *_ingredients(given),
@@ -117,6 +117,7 @@ def main(argv: Sequence[str]) -> int:
             origin={"model": given.model, "layers": given.layers, "tiny": given.tiny},
             ref_cache_dir=given.ref_cache_dir,
             cpu=given.cpu,
+            judge=make_judge(given.judge) if given.judge else None,
             command=shlex.join(["fastpref", "sweep", *argv]),
         )
     except KeyboardInterrupt:
@@ -159,6 +160,7 @@ def sweep(
     origin: Mapping[str, Any],
     ref_cache_dir: str = "auto",
     cpu: bool = False,
+    judge: Any = None,
     command: str = "",
 ) -> Row:
     """Train and measure every cell that is not finished.
@@ -173,6 +175,8 @@ def sweep(
         origin: What else the results depend on, to tell sweeps apart.
         ref_cache_dir: As in :class:`fastpref.PreferenceConfig`.
         cpu: Leave a GPU alone.
+        judge: Of :func:`fastpref.sweep_measure.make_judge`; None: nobody compares the answers. It
+            reads what the cells keep, so that another one needs no training.
         command: That the numbers come from.
 
     Returns:
@@ -226,29 +230,37 @@ def sweep(
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
-    measure, models = Measure(first, tokenizer, settings), [first.model]
-    device = first.args.device.type
+    measure, models = Measure(first, tokenizer, parts[1], settings), [first.model]
+    device = first.args.device
     del first
-    results = []
+    results, finished = [], []
     for number, cell in enumerate([Cell(START, None), *cells]):
         path = run_dir / cell.name / "result.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             print(f"\ncell {number} of {len(cells)}: {cell.name}", flush=True)
             if cell.loss == START:
-                found = measure(models[0])
+                found = measure(models[0], path.parent)
             else:
                 model = models.pop() if models else make_model()
                 found = _train(model, options(cell), train, tokenizer, measure)
             write_json(path, {"loss": cell.loss, "beta": cell.beta, **found})
         results.append(json.loads(path.read_text()))
+        finished += [] if "error" in results[-1] else [cell.name]
+    models.clear()
+    if judge is not None:
+        rates = win_rates(judge, run_dir, finished, tokenizer, device, settings.batch_size)
+        for row in results:
+            name = Cell(row["loss"], row["beta"]).name
+            row |= {"win_rate": rates[name]} if name in rates else {}
     everything = {
         "cells": results,
         **asdict(settings),
         **origin,
-        "device": device_name("device" if device == "cuda" else "wall"),
+        "judge": None if judge is None else judge.name,
+        "device": device_name("device" if device.type == "cuda" else "wall"),
         "measured": True,
-        "versions": versions(device, "transformers"),
+        "versions": versions(device.type, "transformers"),
         "commit": commit(),
         "command": command,
     }
@@ -270,7 +282,8 @@ def _train(model: Any, config: Any, train: Any, tokenizer: Any, measure: Measure
     record(trainer, values)
     try:
         trainer.train(resume_from_checkpoint=resume)
-        found = measure(trainer.model)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        found = {"train_loss": sum(losses) / len(losses), **measure(trainer.model, folder)}
     except FloatingPointError as error:  # that a beta is too large for a loss is a result
         found = {"error": str(error)}
     draw_run(folder)
@@ -320,79 +333,3 @@ def _claim(run_dir: Path, identity: Row) -> None:
 
 def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class Measure:
-    """Held-out pairs with the reference's log-probs, and how a model does on them.
-
-    Args:
-        trainer: Of a loss on pairs, whose reference scored its ``eval_dataset``.
-        tokenizer: To know where an answer ends.
-        settings: Of the sweep.
-    """
-
-    def __init__(self, trainer: Any, tokenizer: Any, settings: Settings) -> None:
-        """See the class."""
-        self.rows: list[Row] = list(trainer.eval_dataset)
-        self.collate = trainer.data_collator
-        self.accelerator, self.options = trainer.accelerator, trainer.head_options
-        self.tokenizer, self.settings = tokenizer, settings
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> Row:
-        """Accuracy with its interval, margin, KL estimate, and length of the model's answers."""
-        from fastpref.heads import evaluating
-        from fastpref.ops import segment_sum
-        from fastpref.policy import response_logps
-
-        size, device = self.settings.batch_size, self.accelerator.device
-        margins, divergence, tokens = [], 0.0, 0
-        with evaluating(model), self.accelerator.autocast():
-            for start in range(0, len(self.rows), size):
-                made = self.collate(self.rows[start : start + size])
-                batch = {k: v.to(device) if hasattr(v, "to") else v for k, v in made.items()}
-                logps = response_logps(model, batch, **self.options).logps
-                ratios = logps - batch["ref_token_logps"]
-                sums = segment_sum(ratios, batch["cu_seqlens"])[batch["pairs"]]
-                margins.append(sums[:, 0] - sums[:, 1])
-                # Schulman's k3: never negative, of low variance
-                divergence += float((torch.expm1(-ratios) + ratios).double().sum())
-                tokens += int(batch["lengths"].sum())
-            margin = torch.cat(margins)
-            lengths = self._lengths(model)
-        return {
-            "pairs": len(margin),
-            "accuracy": asdict(bootstrap(wins(margin))),
-            "margin": asdict(bootstrap(margin)),
-            "kl": divergence / tokens,
-            **lengths,
-        }
-
-    def _lengths(self, model: Any) -> Row:
-        """Mean length of the greedy answers to the held-out prompts, and the share that ended."""
-        limit, size = self.settings.new_tokens, self.settings.batch_size
-        if limit == 0:
-            return {}
-        known = getattr(model.generation_config, "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        lengths, ended = [], 0
-        for start in range(0, len(self.rows), size):
-            prompts = [row["prompt_ids"] for row in self.rows[start : start + size]]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-            answers = model.generate(
-                input_ids=ids.to(self.accelerator.device),
-                attention_mask=mask.to(self.accelerator.device),
-                max_new_tokens=limit,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=pad,
-            )
-            for answer in answers[:, width:].tolist():
-                end = next((i for i, token in enumerate(answer) if token in ends), None)
-                lengths.append(limit if end is None else end + 1)
-                ended += end is not None
-        return {"length": sum(lengths) / len(lengths), "ended": ended / len(lengths)}

@@ -16,8 +16,20 @@ PANELS = {
     "margin": ("held-out margin", "log-ratio, nats"),
     "kl": ("KL estimate", "nats per token"),
     "length": ("length of answers", "tokens"),
+    "win_rate": ("win rate against the start", "share of answers"),
 }
 """Title and unit of each measure."""
+
+COLUMNS = {
+    "accuracy": "accuracy [95 %]",
+    "margin": "margin [95 %]",
+    "kl": "KL",
+    "length": "length",
+    "ended": "ended",
+    "win_rate": "win rate [95 %]",
+    "train_loss": "training loss",
+}
+"""Heads of the table."""
 
 Row = dict[str, Any]
 
@@ -30,32 +42,50 @@ def report(sweep: Row) -> str:
     """
     results: list[Row] = sweep["cells"]
     best = {loss: _best(results, loss) for loss in {row["loss"] for row in results} - {START}}
-    lines = [
-        "| loss | beta | accuracy [95 %] | margin [95 %] | KL | length | ended |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    start = next(row for row in results if row["loss"] == START)
+    columns = [key for key in COLUMNS if any(key in row for row in results)]
+    head = ["loss", "beta", *(COLUMNS[key] for key in columns)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in results:
         name, beta = row["loss"], "" if row["beta"] is None else f"{row['beta']:g}"
-        if "error" in row:
-            lines.append(f"| {name} | {beta} | diverged | | | | |")
-            continue
         mark = "*" if row is best.get(name) else ""
-        accuracy, margin = (Interval(**row[key]) for key in ("accuracy", "margin"))
-        answers = f"{row['length']:.1f} | {row['ended']:.0%}" if "length" in row else " | "
-        numbers = f"{accuracy} | {margin} | {row['kl']:.2e} | {answers}"
-        lines.append(f"| {name} | {beta}{mark} | {numbers} |")
-    start = next(row for row in results if row["loss"] == START)
-    lines += [
-        "",
+        numbers = [_written(row, key) for key in columns]
+        if "error" in row:
+            numbers[0] = "diverged"
+        lines.append(f"| {' | '.join([name, beta + mark, *numbers])} |")
+    lines += ["", _explained(sweep, start)]
+    return "\n".join(lines)
+
+
+def _written(row: Row, key: str) -> str:
+    value = row.get(key, "")
+    if isinstance(value, dict):
+        return str(Interval(**value))
+    formats = {"kl": ".2e", "length": ".1f", "ended": ".0%", "train_loss": ".4g"}
+    return "" if value == "" else format(value, formats[key])
+
+
+def _explained(sweep: Row, start: Row) -> str:
+    """What the columns of the table are."""
+    parts = [
         f"{start['pairs']} held-out pairs; {sweep['steps']} steps of {sweep['batch_size']} "
         f"pairs, learning rate {sweep['learning_rate']:g}. Accuracy: share of pairs whose "
         "chosen response has the larger log-ratio to the reference, a tie counting 1/2. Margin: "
-        "difference of the two log-ratios, nats. KL: of the model from the reference, k3 estimate "
-        "over the held-out responses, nats a token. Length: mean tokens of the greedy answers, at "
-        f"most {sweep['new_tokens']}, and the share of them that ended. *: each loss's best "
-        "accuracy, then margin.",
+        "difference of the two log-ratios, nats. KL: of the model from the reference, estimated "
+        "from the log-ratios of the held-out responses' tokens, nats a token.",
     ]
-    return "\n".join(lines)
+    if "length" in start:
+        parts.append(
+            f"Length: mean tokens of the greedy answers to {start['answers']} held-out prompts, at "
+            f"most {sweep['new_tokens']}, and the share of them that ended."
+        )
+    if "win_rate" in start:
+        parts.append(
+            f"Win rate: of these answers against the start's, by {sweep['judge']}, a tie counting "
+            "1/2."
+        )
+    parts.append("Training loss: mean over the steps. *: each loss's best accuracy, then margin.")
+    return " ".join(parts)
 
 
 def _best(results: Sequence[Row], loss: str) -> Row | None:

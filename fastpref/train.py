@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 from collections.abc import Sequence
@@ -16,9 +17,15 @@ from transformers import HfArgumentParser
 from fastpref.cli import command
 from fastpref.config import PreferenceConfig
 from fastpref.keys import translate
+from fastpref.named import find
 from fastpref.recorder import claim, draw_run, record, resolved
 
-ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name", "loss": "loss_type"}
+ALIASES = {
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "loss": "loss_type",
+    "streaming": "dataset_streaming",
+}
 
 logger = logging.getLogger("fastpref")
 
@@ -37,9 +44,22 @@ class ScriptArguments:
         None, "(--dataset) Hub id, or a file or directory: json, jsonl, parquet, csv."
     )
     dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    datasets: str | None = _option(
+        None,
+        "Instead of --dataset: a mixture, a list of parts with path, name, data_dir, data_files, "
+        "split, columns, fraction; in YAML, or as JSON.",
+    )
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on, with --eval_strategy.")
+    test_split_size: float | None = _option(
+        None, "Rows of the training data to set apart and evaluate on: a share, or a number."
+    )
     dataset_streaming: bool = _option(False, "Read the dataset while training.")
+    corrupt_context: str | None = _option(
+        None,
+        "For mdpo: 'module:function' or 'file.py:function', which gives for a prompt's token ids "
+        "those of a corrupted context.",
+    )
 
 
 @dataclass
@@ -73,12 +93,13 @@ Options = tuple[ScriptArguments, ModelArguments, PreferenceConfig]
 class _Parser(HfArgumentParser):  # type: ignore[misc]
     """The flags of the three dataclasses; a wrong value raises instead of printing 150 flags."""
 
-    def __init__(self) -> None:
+    def __init__(self, usage: str, own: Sequence[argparse.ArgumentParser]) -> None:
         kinds: Any = (ScriptArguments, ModelArguments, PreferenceConfig)
         super().__init__(
             kinds,
-            prog="fastpref train",
-            usage=USAGE,
+            prog=usage.partition(" --")[0],
+            usage=usage,
+            parents=own,
             allow_abbrev=False,
             description="Flags win over --config, a YAML file of the same names.",
         )
@@ -102,8 +123,36 @@ def parse(argv: Sequence[str]) -> Options:
         ValueError: a value is missing, out of range, or contradicts another.
         TypeError: an option does not exist; the message names the nearest.
     """
+    data, model, config, _ = parse_options(argv)
+    for option, value in {
+        "model": model.model_name_or_path,
+        "dataset": data.dataset_name or data.datasets,
+    }.items():
+        if value is None:
+            raise ValueError(f"--{option} is missing. Usage: {USAGE}")
+    return data, model, config
+
+
+def parse_options(
+    argv: Sequence[str],
+    usage: str = USAGE,
+    own: Sequence[argparse.ArgumentParser] = (),
+    **defaults: Any,
+) -> tuple[ScriptArguments, ModelArguments, PreferenceConfig, argparse.Namespace]:
+    """:func:`parse` for a command with flags of its own, and without asking for model and data.
+
+    Args:
+        argv: Flags.
+        usage: How the command is called.
+        own: Parsers of its own flags, without ``--help``; YAML may set these too.
+        **defaults: Of options that neither a flag nor the YAML file sets.
+
+    Returns:
+        The options, and the values of the command's own flags.
+    """
     flags = [_full(argument) for argument in argv]
-    parser = _Parser()
+    parser = _Parser(usage, own)
+    parser.set_defaults(**defaults)
     known = [action.dest for action in parser._actions]
     path = _value_of("--config", flags)
     if path is not None:
@@ -116,14 +165,8 @@ def parse(argv: Sequence[str]) -> Options:
     for argument in rest:
         translate({argument.lstrip("-").partition("=")[0]: None}, known)
         raise TypeError(f"{argument!r} belongs to no option")
-    data, model, config = found[:3]
-    for option, value in {
-        "model": model.model_name_or_path,
-        "dataset": data.dataset_name,
-    }.items():
-        if value is None:
-            raise ValueError(f"--{option} is missing. Usage: {USAGE}")
-    return data, model, config
+    data, model, config, more = found
+    return data, model, config, more
 
 
 def _full(argument: str) -> str:
@@ -168,36 +211,60 @@ def make_trainer(data: ScriptArguments, model: ModelArguments, config: Preferenc
         FileNotFoundError: model or dataset is a path that is not there.
         ValueError: the data cannot be trained on.
     """
-    from fastpref.data.load import load_preference_dataset
     from fastpref.trainer import PreferenceTrainer
 
-    assert data.dataset_name is not None
     assert model.model_name_or_path is not None
-
-    def load(split: str) -> Any:
-        return load_preference_dataset(
-            data.dataset_name or "",
-            split,
-            name=data.dataset_config,
-            streaming=data.dataset_streaming,
-        )
-
-    evaluates = config.eval_strategy != "no"
-    if evaluates and Path(data.dataset_name).is_file() and "[" not in data.dataset_test_split:
-        logger.warning(
-            "a single file is every split: the rows that are trained on are evaluated on too. Set "
-            "some apart by --dataset_train_split 'train[100:]' --dataset_test_split 'train[:100]'"
-        )
+    train, test = load_data(data, config)
     given: Any = config.model_init_kwargs or {}
     config.model_init_kwargs = _model_init_kwargs(model) | given
     return PreferenceTrainer(
         model.model_name_or_path,
         ref_model=model.ref_model_name_or_path,
         args=config,
-        train_dataset=load(data.dataset_train_split),
-        eval_dataset=load(data.dataset_test_split) if evaluates else None,
-        peft_config=_lora(model),
+        train_dataset=train,
+        eval_dataset=test,
+        peft_config=lora(model),
+        corrupt_context=find(data.corrupt_context) if data.corrupt_context else None,
     )
+
+
+def load_data(data: ScriptArguments, config: PreferenceConfig) -> tuple[Any, Any]:
+    """What to train on, and what to evaluate on, or None.
+
+    Raises:
+        FileNotFoundError: the data is a path that is not there.
+        ValueError: it cannot be read, or there is nothing to evaluate on.
+    """
+    from fastpref.data import load_mixture, load_preference_dataset, parts_of
+
+    evaluates, streaming = config.eval_strategy != "no", data.dataset_streaming
+    if data.dataset_name and data.datasets:
+        raise ValueError("--dataset and --datasets are given: give one of them")
+
+    def load(split: str) -> Any:
+        if data.datasets:
+            return load_mixture(parts_of(data.datasets), streaming=streaming, seed=config.seed)
+        options: Any = {"name": data.dataset_config, "streaming": streaming}
+        return load_preference_dataset(data.dataset_name or "", split, **options)
+
+    train = load(data.dataset_train_split)
+    if (size := data.test_split_size) is not None:
+        if streaming or not evaluates:
+            raise ValueError(
+                "test_split_size sets rows apart to evaluate on: set eval_strategy too, and read "
+                "the data without streaming"
+            )
+        parts = train.train_test_split(int(size) if size >= 1 else size, seed=config.seed)
+        return parts["train"], parts["test"]
+    if evaluates and data.datasets:
+        raise ValueError("eval_strategy is set: say by test_split_size what to evaluate on")
+    file = Path(data.dataset_name or "").is_file()
+    if evaluates and file and "[" not in data.dataset_test_split:
+        logger.warning(
+            "a single file is every split: the rows that are trained on are evaluated on too. Set "
+            "some apart by --test_split_size 0.1"
+        )
+    return train, load(data.dataset_test_split) if evaluates else None
 
 
 def run(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> None:
@@ -248,7 +315,8 @@ def _resume(value: str | None) -> str | bool | None:
     return {"true": True, "false": None}.get((value or "").lower(), value)
 
 
-def _lora(model: ModelArguments) -> Any:
+def lora(model: ModelArguments) -> Any:
+    """The adapter that the options ask for, a ``peft.LoraConfig``; None if they ask for none."""
     if not model.use_peft:
         return None
     from peft import LoraConfig

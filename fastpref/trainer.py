@@ -37,7 +37,7 @@ from fastpref.contrast import NEEDS, against
 from fastpref.data.formats import RESPONSES
 from fastpref.heads import Head
 from fastpref.loop import Loop
-from fastpref.metrics import Meter, MetricsFile, example_rows
+from fastpref.metrics import Meter, MetricsFile, accuracy_by_length, example_rows
 from fastpref.models import (
     adjust,
     balancing_weight,
@@ -60,6 +60,7 @@ from fastpref.reference_cache import ReferenceCache
 from fastpref.reference_policy import AdapterOff, Stored, choose_reference
 from fastpref.resumable import ResumableTrainer
 from fastpref.scoring import caches_of, score_dataset
+from fastpref.texts import add_texts, score_texts
 
 logger = logging.getLogger("fastpref")
 
@@ -88,6 +89,9 @@ class PreferenceTrainer(ResumableTrainer):
         peft_config: Train a fresh adapter.
         corrupt_context: For losses that score the chosen response in a corrupted context too
             (mdpo): gives, for a prompt's token ids, those of that context; called before training.
+        ref_processing_class: The reference's tokenizer, or a list of one each; None: that of the
+            model by its name, else the policy's. A reference whose tokenizer differs scores the
+            texts before training.
 
     Raises:
         ValueError: Options contradict each other, or the data lacks what the loss needs.
@@ -96,6 +100,7 @@ class PreferenceTrainer(ResumableTrainer):
 
     loss_is_scaled_for_ga = True
     config_class: type[PreferenceConfig] = PreferenceConfig
+    loop_class: type[Loop] = Loop
     train_dataset: Any
     eval_dataset: Any
 
@@ -114,6 +119,7 @@ class PreferenceTrainer(ResumableTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         corrupt_context: Corrupt | None = None,
+        ref_processing_class: Any = None,
     ) -> None:
         """See the class."""
         args = options_for(model, args, self.config_class)
@@ -132,14 +138,15 @@ class PreferenceTrainer(ResumableTrainer):
         if processing_class is None:
             trust, revision = args.trust_remote_code, loads.get("revision")
             processing_class = load_tokenizer(model, trust_remote_code=trust, revision=revision)
-        columns = columns_of(train_dataset, eval_dataset)
-        fresh = peft_config is not None
-        self.reference = choose_reference(model, ref_model, args, self.combined, columns, fresh)
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.reference = choose_reference(
+            *(model, ref_model, args, self.combined, columns_of(train_dataset, eval_dataset)),
+            *(peft_config is not None, self._tokenizer, ref_processing_class),
+        )
         for each_model in (model, *self.reference.models):
             adjust(each_model, args)
         args.remove_unused_columns = False  # of ours, the collator knows which it wants
         args.accelerator_config.dispatch_batches = False  # batches differ in shape
-        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._vocab_size = vocab_size(model)
         self.args = args
         train_dataset = each(self._prepared, train_dataset, "train")
@@ -166,16 +173,13 @@ class PreferenceTrainer(ResumableTrainer):
             )
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 reads
         self.aux_weight = balancing_weight(model, args.router_aux_loss_coef)
-        self.head_options: dict[str, Any] = {
-            "backend": args.backend,
-            "memory_budget": args.head_memory_budget,
-        }
+        self.head_options = args.head_options()
         self.ranks = Ranks(self.accelerator)
         self.meter, self.eval_meter = Meter(), Meter()
         self.metrics_file = MetricsFile(Path(args.output_dir) / "metrics.jsonl")
         self._scorer: Any = None
         self.caches: list[ReferenceCache] = []
-        self.loop = Loop(self)
+        self.loop = self.loop_class(self)
         self.add_callback(self.loop)
         if self.combined.coupled:
             logger.info("the loss couples the examples of a micro-batch, over all ranks")
@@ -194,18 +198,26 @@ class PreferenceTrainer(ResumableTrainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset as token ids, with all that the losses need."""
-        dataset = prepare_dataset(
-            *(dataset, self._tokenizer, self.args, self.combined.kind, name),
-            *(self._extend, self._vocab_size),
+        reference, kind = self.reference, self.combined.kind
+        rows = prepare_dataset(
+            *(dataset, self._tokenizer, self.args, kind, name),
+            *(self._extend, self._vocab_size, reference.reads_texts),
         )
-        live = self.reference.live and not self.args.precompute_ref_log_probs
-        check_needs(self.combined, columns_of(dataset), self.reference.count, live)
-        return dataset
+        if reference.reads_texts:
+            rows = add_texts(rows, dataset, reference, kind, self.args, name)
+        live = reference.live and not self._ahead
+        check_needs(self.combined, columns_of(rows), reference.count, live)
+        return rows
+
+    @property
+    def _ahead(self) -> bool:
+        """The reference scores the data before training."""
+        asked = self.args.precompute_ref_log_probs or self.reference.reads_texts
+        return asked and self.reference.live
 
     def _settle_reference(self) -> None:
         """Move the reference's models to their device; score the data with it, if asked to."""
-        reference = self.reference
-        ahead = self.args.precompute_ref_log_probs and reference.live
+        reference, ahead = self.reference, self._ahead
         if ahead:
             self.caches = caches_of(reference, self.model, self.args, self.accelerator)
         reference.place(self.accelerator)
@@ -228,17 +240,17 @@ class PreferenceTrainer(ResumableTrainer):
 
     def _scored(self, dataset: Any, name: str) -> Any:
         args = self.args
-        return score_dataset(
-            self._scorer,
-            self.model,
-            dataset,
-            self.data_collator,
-            batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
-            accelerator=self.accelerator,
-            kind=self.combined.kind,
-            description=name,
-            caches=self.caches,
-        )
+        given = {
+            "batch_size": args.precompute_ref_batch_size or args.per_device_train_batch_size,
+            "accelerator": self.accelerator,
+            "kind": self.combined.kind,
+            "description": name,
+            "caches": self.caches,
+        }
+        if self._scorer.reads_texts:
+            texts = (self._tokenizer, args, self.combined)
+            return score_texts(self._scorer, self.model, dataset, *texts, **given)
+        return score_dataset(self._scorer, self.model, dataset, self.data_collator, **given)
 
     # Losses
 
@@ -258,6 +270,7 @@ class PreferenceTrainer(ResumableTrainer):
             return_stats=True,
             inspect=against(scored, batch, self.combined, self.head_options),
             balance_experts=self.aux_weight > 0,
+            watch=self.meter.head if update else None,
             **self.head_options,
         )
         reference = None if scored is None else scored.logps
@@ -266,8 +279,9 @@ class PreferenceTrainer(ResumableTrainer):
         metrics |= example_rows(examples, batch, policy, reference, self.combined)
         if policy.aux_loss is not None:
             losses = losses + self.aux_weight * policy.aux_loss
-            aux = policy.aux_loss.detach().expand(losses.shape)
-            metrics |= {"aux_loss": (aux, torch.ones_like(losses))}
+            one = torch.ones_like(losses)
+            metrics |= {"aux_loss": (policy.aux_loss.detach() * one, one)}
+            metrics["loss"] = (losses.detach(), one)
         return losses, examples, metrics
 
     def compute_loss(
@@ -282,7 +296,7 @@ class PreferenceTrainer(ResumableTrainer):
         losses, examples, metrics = self._losses(model, inputs, window["rates"], update=True)
         unknown = torch.full_like(losses, -1, dtype=torch.int64)
         self.loop.note(inputs.get("example_ids", unknown), losses)
-        self.meter.add(metrics, inputs["num_tokens"])
+        self.meter.add(metrics, inputs["num_tokens"], laid_out=inputs["input_ids"].numel())
         # Ranks average their gradients: scaled by their number, they add up.
         scale = self.accelerator.num_processes / window["examples"]
         loss = losses.sum() * scale.to(losses)
@@ -299,6 +313,7 @@ class PreferenceTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, examples, metrics = self._losses(model, inputs, self._eval_rates, update=False)
+        metrics |= accuracy_by_length(metrics)
         self.eval_meter.add(metrics, inputs["num_tokens"], self.ranks.counted(len(losses)))
         if prediction_loss_only:
             return None, None, None
@@ -371,7 +386,7 @@ class PreferenceTrainer(ResumableTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         found = self.eval_meter.read(self.ranks.sum, rates=False)
-        found["num_tokens"] = float(self.meter.tokens_seen)
+        found["num_tokens"] = self.meter.tokens_so_far(self.ranks.sum, self.accelerator.device)
         output.metrics.update({f"{metric_key_prefix}_{key}": x for key, x in found.items()})
         self.meter.skip(time.perf_counter() - started)
         return output

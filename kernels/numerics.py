@@ -65,8 +65,9 @@ def logit(x, bias, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr)
 
 @triton.jit
 def cap_slope(z, softcap):
-    """Derivative of the cap at a capped logit: ``1 - (z / softcap)^2`` as a product of exact
-    differences.
+    """Derivative of the cap at a capped logit: ``1 - (z / softcap)^2`` as a product of differences
+    that are exact where they are small, and 0 at the cap.
     """
-    t = z * (1.0 / tl.cast(softcap, z.dtype))
-    return (1.0 - t) * (1.0 + t)
+    cap = tl.cast(softcap, z.dtype)
+    inverse = 1.0 / cap
+    return ((cap - z) * inverse) * ((cap + z) * inverse)

@@ -163,6 +163,7 @@ def sweep_kernel(
         for first in tl.range(0, WIDTH, CHUNK):
             _, seen = _survey(seen, line, first, CHUNK, CAPPED, WITH_STATS)
     max_new = tl.max(seen[0], 0)
+    sum_logits = tl.sum(seen[1], 0)  # here, where it frees registers
     # while no finite logit has been seen, E = exp(-inf - 0) = 0
     base = tl.where(max_new == float("-inf"), 0.0, max_new)
 
@@ -188,7 +189,7 @@ def sweep_kernel(
         tl.store(offset + row, max_new)
     if WITH_STATS:
         state += 3 * state_stride
-        new = tl.load(state) + (tl.sum(seen[1], 0) + tl.where(hit, z_target, 0.0))
+        new = tl.load(state) + (sum_logits + tl.where(hit, z_target, 0.0))
         tl.store(state, new, mask=counts)
         # sum E (z - M) under a higher M: every gap grows by the same amount
         state += state_stride

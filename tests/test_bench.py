@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
 from torch import Tensor
 
 from fastpref import bench, costs, measure, peers, reference
+from fastpref.case import OPS, PREFERENCE, Case, Passes, System
 from fastpref.costs import HEADS, MACHINES, SCHEDULES, UNITS, Head
 from fastpref.measure import Problem
-from fastpref.peers import Case, Passes, System
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -56,7 +58,7 @@ def spoiled(by: float, what: str) -> System:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("op", peers.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_truth_is_autograd_in_float64(op: str, softcap: float | None, schedule: str) -> None:
     case = problem(schedule, head=Head(24, 211, softcap)).case()
     right = measure.truth(case, op)
@@ -64,7 +66,7 @@ def test_truth_is_autograd_in_float64(op: str, softcap: float | None, schedule: 
         x.detach().double().requires_grad_(x.requires_grad) for x in (case.hidden, case.weight)
     ]
     logps, _ = reference.linear_logprobs(*inputs, case.targets, softcap=softcap)
-    output = peers.OPS[op](logps)
+    output = OPS[op](logps)
     torch.testing.assert_close(right.output, output.detach(), rtol=1e-11, atol=1e-11)
     wanted = [x for x in inputs if x.requires_grad]
     assert len(right.gradients) == len(wanted)
@@ -134,7 +136,7 @@ def test_rows(schedule: str, tmp_path: Path) -> None:
             continue
         assert row["deterministic"] is True
         assert (row["relative_gradient_error"] is None) == (schedule == "none")
-        assert (row["error_nats_per_1024"] is None) == (row["op"] == "dpo")
+        assert (row["error_nats_per_1024"] is None) == (row["op"] in PREFERENCE)
 
 
 def test_what_cannot_run_is_listed() -> None:
@@ -147,6 +149,38 @@ def test_what_cannot_run_is_listed() -> None:
     assert bench.rows(problem("none"), entries, "wall", "c", "x") == []
 
 
+PEERS = {
+    ("trl", "logprobs"): "trl",
+    ("liger", "logprobs"): "liger-kernel",
+    **{("liger", op): "liger-kernel" for op in PREFERENCE},
+    ("cut-cross-entropy", "logprobs"): "cut-cross-entropy",
+    ("quack", "cross_entropy"): "quack-kernels",
+}
+
+
+def test_the_list_says_what_is_missing_and_what_adds_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert bench.main(["--list"]) == 0
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    said = {(name, op): rest for name, op, rest in lines}
+    for peer in PEERS:
+        assert said[peer].endswith("is not installed: pip install 'fastpref[bench]'"), peer
+    assert said["gemms", "gemms"].endswith(" ok")
+    assert said["fastpref[torch]", "logprobs"].endswith(" ok")
+
+
+def test_the_extra_brings_every_peer() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    brought = {re.split(r"[>=;\[ ]", requirement)[0] for requirement in extras["bench"]}
+    known = {(s.name, s.op): s.package for s in peers.systems() if s.package}
+    assert known == PEERS
+    assert set(known.values()) <= brought
+
+
 def test_systems_take_turns() -> None:
     order: list[str] = []
 
@@ -156,6 +190,18 @@ def test_systems_take_turns() -> None:
     times = measure.race([passes(name) for name in "abc"], 3, "wall", lambda: None)
     assert "".join(order) == "abcbcacab"
     assert [len(t) for t in times] == [3, 3, 3]
+
+
+def test_rates_count_what_the_answer_needs() -> None:
+    """At 10 x 20 x 30: 12,000 flops a product; 10 rows and 30 of weight are 3,200 bytes."""
+    products = {"none": 1, "frozen": 2, "trainable": 3, "recompute": 3}
+    written = {"none": 0, "frozen": 10, "trainable": 40, "recompute": 40}
+    for schedule in SCHEDULES:
+        small = problem(schedule, rows=10, head=Head(20, 30))
+        flops, moved = bench.needed(small, "logprobs")
+        assert flops == 12_000 * products[schedule]
+        assert moved == 3_200 + 80 * written[schedule] + 120
+    assert bench.needed(problem("recompute", rows=10, head=Head(20, 30)), "gemms")[0] == 48_000
 
 
 def test_plugins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,6 +317,28 @@ def test_tables_are_made_from_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tables.rewritten(text.replace("trainable", "frozen"))
     with pytest.raises(ValueError, match="no field shape"):
         tables.rewritten(text.replace("schedule=", "shape="))
+
+
+def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Two points of each curve, one system too large for the memory that is allowed."""
+    curves = script("curves")
+    monkeypatch.setitem(HEADS, "smollm2-135m", TINY)
+    monkeypatch.setitem(curves.ROWS, "cpu", 40)
+    monkeypatch.setattr(curves.bench, "weigh", lambda problem, entries, plugins: entries)
+    out = tmp_path / "rows.json"
+    for along, sizes, gigabytes in (("N", "48", 1e-4), ("N", "64", 1e-4), ("V", "300 9000", 4e-3)):
+        command = f"curves --along {along} --sizes {sizes} --memory {gigabytes} --rounds 1"
+        command += f" --device cpu --systems gemms fastpref[cpp] torch --out {out} --commit abc"
+        monkeypatch.setattr(sys, "argv", command.split())
+        curves.main()
+    rows = json.loads(out.read_text())
+    points = {(row["system"], row["N"], row["V"]) for row in rows}
+    ours = {(48, 211), (64, 211), (40, 300), (40, 9000)}
+    assert {(n, v) for system, n, v in points if system == "gemms"} == ours
+    assert {(n, v) for system, n, v in points if system == "torch"} == {(40, 300)}
+    assert "torch (logprobs): needs up to 0.000122 GB for logits" in capsys.readouterr().out
+    assert {row["commit"] for row in rows} == {"abc"}
+    assert (tmp_path / "rows.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("folder", ["results", "predictions"])

@@ -67,13 +67,15 @@ def test_losses_lists_the_registry(capsys):
     status, out, _ = run(capsys, "losses")
     assert status == 0
     for name in losses.names():
-        assert f"  {name} " in out
+        assert f"| [{name}](#{name}) |" in out
 
 
 def test_losses_describes_one_by_its_alias(capsys):
     status, out, _ = run(capsys, "losses", "sigmoid")
     assert status == 0
-    assert out.startswith("dpo\n")
+    page = out.strip()
+    assert page.startswith("### dpo\n")
+    assert page in (ROOT / "docs" / "losses.md").read_text()
     assert losses.get("dpo").entry.formula in out
     assert "label_smoothing" in out
 
@@ -127,7 +129,7 @@ def test_a_closed_pipe_is_no_error():
         cwd=ROOT,
         check=False,
     )
-    assert done.stdout == "pair losses\n"
+    assert done.stdout.startswith("### Pairs")
     assert done.stderr == ""
 
 

@@ -21,7 +21,12 @@ from fastpref import PreferenceConfig, PreferenceTrainer, sweep
 from fastpref.demo import tiny_model, tiny_pairs
 from fastpref.heads import causal_lm
 from fastpref.loop import Loop
+from fastpref.rounds.run import read_jsonl
 from fastpref.sweep import Cell, Measure, Settings, cells_of
+from fastpref.sweep_measure import ANSWERS, make_judge
+from fastpref.sweep_report import report
+
+ROOT = Path(__file__).parents[1]
 
 SMALL = ["--tiny", "--cpu", "--steps", "2", "--held-out", "8", "--new-tokens", "5"]
 
@@ -148,7 +153,7 @@ def test_numbers_are_those_of_plain_pytorch(tmp_path: Path) -> None:
     answer = model.generate(input_ids=prompt, max_new_tokens=limit, do_sample=False, pad_token_id=1)
     model.generation_config.eos_token_id = [int(answer[0, prompt.shape[1] + 3])]
     settings = Settings(batch_size=2, new_tokens=limit)
-    found = Measure(trainer, tokenizer, settings)(model)
+    found = Measure(trainer, tokenizer, list(rows), settings)(model, tmp_path)
 
     margins, divergence, tokens, lengths = [], 0.0, 0, []
     ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
@@ -163,7 +168,7 @@ def test_numbers_are_those_of_plain_pytorch(tmp_path: Path) -> None:
                 )
             targets = torch.tensor(row[f"{side}_ids"])[:, None]
             ratio = (ours - base).gather(-1, targets)[:, 0].double()
-            divergence += float((torch.expm1(-ratio) + ratio).sum())
+            divergence += float(ratio.square().sum()) / 2
             tokens += len(ratio)
             ratios.append(float(ratio.sum()))
         margins.append(ratios[0] - ratios[1])
@@ -177,8 +182,75 @@ def test_numbers_are_those_of_plain_pytorch(tmp_path: Path) -> None:
     assert found["accuracy"]["mean"] == sum(m > 0 for m in margins) / 5
     assert found["kl"] == pytest.approx(divergence / tokens, rel=1e-4)
     assert found["length"] == sum(lengths) / 5
+    answers = read_jsonl(tmp_path / ANSWERS)
+    assert [row["prompt"] for row in answers] == rows["prompt"]
+    assert [len(row["responses"][0]["ids"]) for row in answers] == lengths
     assert found["ended"] > 0
     assert causal_lm(model).training  # as it was
+
+
+JUDGES = """
+def letters(prompt, answer):
+    assert prompt[0]["role"] == "user"
+    return sum(map(ord, answer))
+
+def same(prompt, answer, other, weight=1.0):
+    return weight * (sum(map(ord, answer)) > sum(map(ord, other)))
+
+def first_place(prompt, answer, other):
+    return 1.0
+
+def nothing(prompt):
+    return 0.0
+"""
+
+
+def test_a_judge_compares_the_answers_with_those_of_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "judges.py"
+    file.write_text(JUDGES)
+    given = ["--losses", "dpo", "sft", "--betas", "0.1", "--learning-rate", "0.03", "--steps", "5"]
+    given += ["--answers", "6"]
+    found = run(tmp_path, *given, "--judge", f"{file}:letters")
+    names = ["start", "dpo-0.1", "sft"]
+    texts = {
+        name: [row["responses"][0]["text"] for row in read_jsonl(tmp_path / "run" / name / ANSWERS)]
+        for name in names
+    }
+    assert texts["dpo-0.1"] != texts["start"]
+    for name in names:
+        gaps = [
+            sum(map(ord, own)) - sum(map(ord, base))
+            for own, base in zip(texts[name], texts["start"], strict=True)
+        ]
+        assert len(gaps) == found[name]["answers"] == 6
+        expected = sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / 6
+        assert found[name]["win_rate"]["mean"] == pytest.approx(expected)
+    assert found["dpo-0.1"]["win_rate"]["mean"] != 0.5
+    assert re.search(r"win rate \[95 %\].*by letters", capsys.readouterr().out, re.DOTALL)
+    done = stamps(tmp_path, "run/*/result.json")
+    pairwise = run(tmp_path, *given, "--judge", f"{file}:same")
+    assert pairwise == found
+    biased = run(tmp_path, *given, "--judge", f"{file}:first_place")
+    assert {row["win_rate"]["mean"] for row in biased.values()} == {0.5}
+    plain = run(tmp_path, *given)
+    assert not any("win_rate" in row for row in plain.values())
+    assert stamps(tmp_path, "run/*/result.json") == done  # no judge makes a cell train again
+    assert make_judge("{kind: length, per_unit: -0.5}").per_unit == -0.5
+    with pytest.raises(ValueError, match=r"nothing takes \(prompt\); a judge takes \(prompt, answ"):
+        run(tmp_path, *given, "--judge", f"{file}:nothing")
+    with pytest.raises(ValueError, match="names no function"):
+        run(tmp_path, *given, "--judge", f"{file}:nobody")
+    with pytest.raises(ValueError, match="--new-tokens 0 asks for none"):
+        run(tmp_path, *given, "--new-tokens", "0", "--judge", f"{file}:same")
+
+
+def test_the_page_shows_the_study_that_was_made() -> None:
+    row = json.loads((ROOT / "benchmarks" / "results" / "sweep.json").read_text())
+    page = " ".join((ROOT / "docs" / "sweep.md").read_text().split())
+    assert " ".join(report(row).split()) in page
+    assert row["command"] in page
 
 
 def test_cells() -> None:

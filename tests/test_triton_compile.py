@@ -34,12 +34,6 @@ sys.modules[spec.name] = kernel_resources  # dataclasses look their module up
 spec.loader.exec_module(kernel_resources)
 
 CASES = {case.name: case for case in kernel_resources.cases()}
-# Real spills, a store and a load, by the pinned ptxas; to be mended, not added to.
-KNOWN_SPILLS = {
-    ("3.7.1", "sweep_kernel[29952 wide, bf16 out, bias, softcap]"): 8,
-    ("3.7.1", "sweep_kernel[65536 wide, bf16 out]"): 8,
-    ("3.7.1", "pair_margins_kernel[fp32]"): 8,
-}
 REMEDY = f"run: {kernel_resources.COMMAND}"
 
 
@@ -59,7 +53,7 @@ def test_the_committed_table_is_whole_and_without_spills(committed):
 @pytest.mark.parametrize("name", CASES)
 def test_a_fresh_compile_spills_nothing_and_matches_the_table(name, committed):
     row = kernel_resources.resources(CASES[name], 90)
-    assert row["spill_bytes"] == KNOWN_SPILLS.get((triton.__version__, name), 0), row
+    assert row["spill_bytes"] == 0, row
     assert row["registers"] * row["warps"] * 32 <= 65536, row
     if triton.__version__ == committed["triton"]:
         assert row in committed["rows"], f"{row} is not in the table; {REMEDY}"
@@ -101,10 +95,10 @@ def test_every_variant_of_a_width_sums_in_the_same_order(width, bias, unaligned)
 
 
 def test_a_spill_would_be_seen():
-    """The tool reads spills: rows twice as wide as registers hold."""
-    case = CASES["sweep_kernel[32768 wide, in place, bias, softcap, statistics]"]
-    assert not case.config["HELD"]
-    crowded = replace(case, config=case.config | {"HELD": True, "WIDTH": 65536})
+    """The tool reads spills: fewer registers than a held row takes."""
+    case = CASES["sweep_kernel[8192 wide, in place, bias, softcap, statistics]"]
+    assert case.config["HELD"]
+    crowded = replace(case, config=case.config | {"maxnreg": 40})
     assert kernel_resources.resources(crowded, 90)["spill_bytes"] > 0
 
 
@@ -119,7 +113,7 @@ def test_program_shapes_follow_from_the_width(width):
     for shape in shapes:
         assert shape["num_warps"] in (1, 2, 4, 8, 16, 32)
         assert shape["CHUNK"] == 4 * 32 * shape["num_warps"]  # 16 bytes of fp32 a thread
-        assert not shape["HELD"] or width <= 8 * shape["CHUNK"]
+        assert not shape["HELD"] or width <= 16 * shape["CHUNK"]
     assert not launch.sweep_config(width, torch.float64, False, False)["HELD"]
 
 

@@ -268,6 +268,18 @@ def test_softcap_is_exact_for_small_and_large_logits(kernels, device):
 
 
 @on_device
+@pytest.mark.parametrize("softcap", [1.5, 3.3, 30.0])
+def test_at_the_cap_the_slope_is_0(kernels, device, softcap):
+    """As in plain PyTorch: a logit that the cap has flattened moves nothing."""
+    raw = torch.tensor([[1e4, 1e4, -1e4, 2e4]], device=device)
+    targets = torch.tensor([1], device=device)
+    got = Rows(kernels, raw, targets, cut(4), softcap=softcap)
+    assert (got.stored[0][2] == 0.0).all()
+    assert got.q.item() == 0.0
+    assert (got.hidden_grad == 0.0).all()
+
+
+@on_device
 def test_rows_wider_than_registers_hold(kernels, device):
     v = 40_000
     raw, targets = problem(2, v, device)

@@ -29,9 +29,12 @@ UNFUSED = {"enable_fp_fusion": False}
 """No ``a * b + c`` becomes one instruction unless it is written so: the compiler would choose
 differently in each variant of a kernel, and log-probabilities would differ in their last bit
 between a policy, which wants gradients and statistics, and its reference, which wants neither."""
+LEAN = UNFUSED | {"maxnreg": 64}
+"""Registers that a thread may take. Left to itself the assembler aims at fewer in some variants and
+spills one of them."""
 RUN_BLOCK = 4
 """Rows with the same target that are read at once."""
-SEGMENT_CONFIG = {"BLOCK": 1024, "num_warps": 4} | UNFUSED
+SEGMENT_CONFIG = {"BLOCK": 1024, "num_warps": 4} | LEAN
 """Program shape of the segment and pair kernels: tokens, or pairs, taken at a time."""
 
 
@@ -58,21 +61,21 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def sweep_config(width: int, dtype: torch.dtype, capped: bool, with_stats: bool) -> dict[str, int]:
     """Program shape of the sweep over rows of ``width`` columns.
 
-    32 columns a thread, taken 4 at a time; rows too wide to hold are walked by 16 warps, of which a
-    multiprocessor takes several. CHUNK and num_warps decide the order of the sums, so they follow
-    from the width alone; HELD only decides where a row waits between its maximum and its
-    exponentials. Softcap and statistics together leave no registers for the widest rows.
+    32 columns a thread, 64 of the widest rows that are held, taken 4 at a time. CHUNK and num_warps
+    decide the order of the sums, so they follow from the width alone; HELD only decides where a row
+    waits between its maximum and its exponentials. Softcap and statistics leave no registers for 64
+    columns.
     """
-    warps = 16 if width > WIDEST_HELD else max(triton.next_power_of_2(width) // 1024, 1)
-    widest = WIDEST_HELD // 2 if capped and with_stats else WIDEST_HELD
+    warps = min(max(triton.next_power_of_2(width) // 1024, 1), 16)
+    widest = WIDEST_HELD // 2 if capped or with_stats else WIDEST_HELD
     held = dtype == torch.float32 and width <= widest
-    return {"CHUNK": 128 * warps, "HELD": held, "num_warps": warps} | UNFUSED
+    return {"CHUNK": 128 * warps, "HELD": held, "num_warps": warps} | (UNFUSED if held else LEAN)
 
 
 def hidden_config(hidden_size: int) -> dict[str, int]:
     """Program shape of the kernels over rows of ``hidden_size`` columns, 8 a thread."""
     block = min(max(triton.next_power_of_2(hidden_size), 256), 1024)
-    return {"BLOCK_H": block, "num_warps": block // 256} | UNFUSED
+    return {"BLOCK_H": block, "num_warps": block // 256} | LEAN
 
 
 def sweep_(

@@ -101,6 +101,7 @@ class Layout:
             completion; or completion_1, completion_2, ...
         masks: Those of the responses that come with a 0/1 mask over their tokens.
         numbers: Numeric columns passed through.
+        assistant_only: The masks are made here: of dialogues the assistant's turns count.
     """
 
     kind: Kind
@@ -109,6 +110,7 @@ class Layout:
     responses: tuple[str, ...]
     masks: tuple[str, ...]
     numbers: tuple[str, ...]
+    assistant_only: bool = False
 
 
 def canonical_names(columns: Iterable[str]) -> dict[str, str]:

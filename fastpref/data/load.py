@@ -33,6 +33,7 @@ def load_preference_dataset(
     *,
     name: str | None = None,
     streaming: bool = False,
+    **files: str | list[str],
 ) -> Dataset | IterableDataset:
     """The dataset that ``source`` names: ``datasets.load_dataset`` with the right reader.
 
@@ -44,6 +45,8 @@ def load_preference_dataset(
             split is asked for.
         name: Configuration of a hub dataset.
         streaming: Return an ``IterableDataset`` that reads as it goes.
+        **files: ``data_dir`` or ``data_files`` of ``load_dataset``; ``source`` may then be the name
+            of a reader (``"json"``).
 
     Returns:
         The dataset.
@@ -61,6 +64,8 @@ def load_preference_dataset(
             f"{path} is on disk and has no configurations, which are for datasets on the hub; got "
             f"{name!r}"
         )
+    if path.is_file() and files:
+        raise ValueError(f"{path} is a file: it takes no {' or '.join(files)}")
     if path.is_file():
         reader = READERS.get(path.suffix.lower())
         if reader is None:
@@ -71,6 +76,8 @@ def load_preference_dataset(
         options["data_files"] = {split.split("[")[0]: str(path)}
         return _read(str(path), reader, split, streaming, **options)
     if path.is_dir():
+        if files:
+            return _read(str(path), str(path), split, streaming, **files)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _from_disk(path, split, streaming)
         types = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
@@ -79,7 +86,7 @@ def load_preference_dataset(
         return _read(str(path), str(path), split, streaming)
     text = located(source, READERS)
     try:
-        return _read(text, text, split, streaming, name=name)
+        return _read(text, text, split, streaming, name=name, **files)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{text!r} is neither a local file or directory nor a dataset that could be reached on "

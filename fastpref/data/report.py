@@ -28,6 +28,7 @@ class Issue(enum.IntFlag):
     BAD_MASK = enum.auto()
     BAD_GROUP = enum.auto()
     PROMPT_TOO_LONG = enum.auto()
+    NOT_WHOLE = enum.auto()
     EMPTY_RESPONSE = enum.auto()
     IDENTICAL = enum.auto()
     IDENTICAL_TRUNCATED = enum.auto()
@@ -48,6 +49,7 @@ WORDS: dict[Issue, str] = {
     Issue.BAD_MASK: "mask and tokens differ in length",
     Issue.BAD_GROUP: "fewer than two responses",
     Issue.PROMPT_TOO_LONG: "prompt fills max_length",
+    Issue.NOT_WHOLE: "longer than a limit, and references with other tokenizers score whole texts",
     Issue.EMPTY_RESPONSE: "empty response",
     Issue.IDENTICAL: "chosen equals rejected",
     Issue.IDENTICAL_TRUNCATED: "chosen equals rejected once truncated",
@@ -67,6 +69,7 @@ DROPS = (
     | Issue.BAD_MASK
     | Issue.BAD_GROUP
     | Issue.PROMPT_TOO_LONG
+    | Issue.NOT_WHOLE
     | Issue.EMPTY_RESPONSE
     | Issue.IDENTICAL
     | Issue.IDENTICAL_TRUNCATED

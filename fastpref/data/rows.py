@@ -24,6 +24,7 @@ import numpy as np
 from . import formats
 from .formats import Layout
 from .report import DROPS, BadRow, Issue
+from .turns import Spans, assistant_spans, mask_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class Limits:
         max_prompt_length: Most tokens of the prompt, cut at its start.
         max_completion_length: Most tokens of a response, cut at its end.
         vocab_size: Every token id is below it.
+        whole: Drop a row that would be cut.
     """
 
     max_length: int | None = None
@@ -50,6 +52,7 @@ class Limits:
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
     vocab_size: int | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         """Raise ``ValueError`` for an option out of range."""
@@ -94,6 +97,7 @@ class Row:
     responses: Sequence[Sequence[int]] = ()
     masks: Sequence[Sequence[int]] = ()
     texts: Sequence[str] = ()
+    spans: Sequence[Spans] = ()
     conversational: bool = False
 
 
@@ -150,11 +154,13 @@ def tokenize_batch(
     read = _read_ids if layout.tokenized else _read_text
     rows = [read(source, tokenizer, layout) for source in sources]
     for conversational in (False, True):
-        _encode([r for r in rows if r.texts and r.conversational == conversational], tokenizer)
+        some = [r for r in rows if r.texts and r.conversational == conversational]
+        _encode(some, tokenizer, layout.assistant_only)
     for row, source in zip(rows, sources, strict=True):
         if not row.issues & DROPS:
             absent = len(layout.responses) - len(row.responses)
             row.responses = [*row.responses, *([] for _ in range(absent))]
+            row.masks = [*row.masks, *([] for _ in layout.masks[len(row.masks) :])]
             _truncate(row, layout, limits)
             _check(row, source, layout)
             if limits.vocab_size is not None:
@@ -185,19 +191,22 @@ def _read_text(
                     "set tokenizer.eos_token (conversational data does not need one)"
                 )
             ended = [text if text.endswith(eos) else text + eos for text in responses]
-            return Row(texts=[prompt, *(prompt + text for text in ended)])
+            texts = [prompt, *(prompt + text for text in ended)]
+            return Row(texts=texts, spans=[[(0, len(text))] for text in texts[1:]])
         if tokenizer.chat_template is None:
             raise ValueError(
                 "the data is conversational but the tokenizer has no chat_template: set "
                 "tokenizer.chat_template, or use the tokenizer of the chat model"
             )
         arguments = formats.template_arguments(source)
-        dialogues: list[formats.Messages] = [prompt, *(prompt + text for text in responses)]
-        texts = [
-            _render(tokenizer, messages, add_generation_prompt=i == 0, **arguments)
-            for i, messages in enumerate(dialogues)
-        ]
-        return Row(texts=texts, conversational=True)
+
+        def render(messages: formats.Messages, ask: bool) -> str:
+            return _render(tokenizer, messages, add_generation_prompt=ask, **arguments)
+
+        texts = [render(prompt, True), *(render(prompt + text, False) for text in responses)]
+        turns = responses if layout.assistant_only else ()
+        spans = [assistant_spans(render, prompt, response) for response in turns]
+        return Row(texts=texts, spans=spans, conversational=True)
     except BadRow as error:
         logger.debug("row %s dropped: %s", source["example_ids"], error)
         return Row(error.issue)
@@ -210,24 +219,30 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: formats.Messages, **op
         raise BadRow(Issue.TEMPLATE_ERROR, f"chat template: {error}") from error
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the texts of rows of one kind by token ids, split at the boundary."""
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, masked: bool) -> None:
+    """Replace the texts of rows of one kind by token ids, split at the boundary; ``masked``: with a
+    mask of the spans that count."""
     if not rows:
         return
-    encoded = iter(
-        tokenizer(
-            [text for row in rows for text in row.texts],
-            add_special_tokens=not rows[0].conversational,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+    encoded = tokenizer(
+        [text for row in rows for text in row.texts],
+        add_special_tokens=not rows[0].conversational,
+        return_attention_mask=False,
+        return_offsets_mapping=masked,
+        verbose=False,
     )
+    ids, offsets = iter(encoded["input_ids"]), iter(encoded.get("offset_mapping", ()))
     for row in rows:
-        alone, *whole = (_single_bos(next(encoded), tokenizer, row) for _ in row.texts)
-        boundary = min(_common_prefix(alone, ids) for ids in whole)
+        alone, *whole = (_single_bos(next(ids), tokenizer, row) for _ in row.texts)
+        boundary = min(_common_prefix(alone, tokens) for tokens in whole)
         if boundary < len(alone):
             row.issues |= Issue.BOUNDARY_MOVED
-        row.prompt, row.responses = alone[:boundary], [ids[boundary:] for ids in whole]
+        row.prompt, row.responses = alone[:boundary], [tokens[boundary:] for tokens in whole]
+        if masked:
+            places = [next(offsets) for _ in row.texts][1:]
+            masks = (mask_of(p, spans) for p, spans in zip(places, row.spans, strict=True))
+            pairs = zip(masks, row.responses, strict=True)
+            row.masks = [mask[len(mask) - len(tokens) :] for mask, tokens in pairs]
         _note_eos(row, tokenizer)
 
 
@@ -282,6 +297,8 @@ def _truncate(row: Row, layout: Layout, limits: Limits) -> None:
         row.issues |= Issue.PROMPT_TOO_LONG
     if any(len(a) < len(b) for a, b in zip(row.responses, responses, strict=True)):
         row.issues |= Issue.RESPONSE_TRUNCATED
+    if limits.whole and row.issues & (Issue.PROMPT_TRUNCATED | Issue.RESPONSE_TRUNCATED):
+        row.issues |= Issue.NOT_WHOLE
 
 
 def _check(row: Row, source: Mapping[str, Any], layout: Layout) -> None:

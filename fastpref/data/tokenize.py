@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from . import formats, rows
+from . import formats, rows, turns
 from .formats import Kind, Layout
 from .report import DROPS, TokenizationReport
 from .rows import ISSUES, Limits
@@ -42,6 +43,8 @@ def tokenize_dataset(
     max_bad_rows: int | None = None,
     extra_columns: Sequence[str] = (),
     vocab_size: int | None = None,
+    whole: bool = False,
+    assistant_only: bool = False,
     desc: str = "Tokenising",
 ) -> tuple[AnyDataset, TokenizationReport]:
     """The dataset as token ids, and the report of what became of each row.
@@ -66,6 +69,8 @@ def tokenize_dataset(
             long as a row is left.
         extra_columns: Numeric columns to keep beyond ``formats.NUMERIC_COLUMNS``.
         vocab_size: Tokens that the model has; None = any id passes.
+        whole: Drop rows that a limit would cut.
+        assistant_only: Of dialogues the assistant's turns alone count; needs a fast tokenizer.
         desc: Caption of the progress bar.
 
     Returns:
@@ -89,7 +94,8 @@ def tokenize_dataset(
             " (of a DatasetDict, pass one split)"
         )
     limits = Limits(
-        max_length, truncation_mode, max_prompt_length, max_completion_length, vocab_size
+        *(max_length, truncation_mode, max_prompt_length, max_completion_length),
+        *(vocab_size, whole),
     )
     dataset = dataset.with_format(None)
     first = next(iter(dataset), None)
@@ -103,6 +109,8 @@ def tokenize_dataset(
             formats.expand_groups({name: [] for name in names}, _group_size(dataset, first))
         )
     layout: Layout = formats.resolve_layout(names, kind, unpair=unpair, extra_columns=extra_columns)
+    if assistant_only:
+        layout = _masked(layout, tokenizer)
     if layout.unpair:
         logger.info("unpairing: every pair becomes one desirable and one undesirable example")
     arguments: dict[str, Any] = {
@@ -131,6 +139,21 @@ def tokenize_dataset(
     if report.bad:
         good = good.select(np.flatnonzero((issues & int(DROPS)) == 0))
     return good, report
+
+
+def _masked(layout: Layout, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The layout with a mask for each response, which counts the assistant's turns."""
+    if layout.tokenized:
+        raise ValueError(
+            "assistant_only_loss finds the assistant's turns in messages, and the dataset holds "
+            "token ids: give it mask columns such as 'chosen_mask' instead"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "assistant_only_loss needs a fast tokenizer, which tells where in the text its tokens "
+            f"lie; got {type(tokenizer).__name__}"
+        )
+    return replace(layout, masks=layout.responses, assistant_only=True)
 
 
 def _group_size(dataset: AnyDataset, first: Mapping[str, Any]) -> int:
@@ -188,7 +211,7 @@ def _fingerprint(
 ) -> str:
     from datasets.fingerprint import Hasher
 
-    code = [inspect.getsource(module) for module in (formats, rows)]
+    code = [inspect.getsource(module) for module in (formats, rows, turns)]
     key = [dataset._fingerprint, Hasher.hash(tokenizer), repr(layout), repr(limits), code]
     return str(Hasher.hash(key))
 

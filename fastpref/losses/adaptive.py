@@ -58,7 +58,7 @@ def _length_gap(p: PairLogps) -> tuple[Tensor, Tensor]:
 
 
 class LengthGap(RunningGap):
-    """`RunningGap` of alpha-DPO's length-normalised gap."""
+    """Running mean and standard deviation of the length-normalised gap to the reference."""
 
     reads = (*_SUMS, "chosen_lengths", "rejected_lengths")
 
@@ -132,7 +132,7 @@ def _kept_weights(gaps: Tensor, kept: Sequence[int] | Tensor) -> Tensor:
 
 
 class MarginGap(RunningGap):
-    """`RunningGap` of beta-DPO's margins, and the pairs it keeps: drawn alike on every rank.
+    """Running mean and standard deviation of the margins; draws the pairs kept, alike on all ranks.
 
     Args:
         keep: Share of the pairs kept.

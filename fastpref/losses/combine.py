@@ -32,6 +32,13 @@ class _Term:
         self.options = {key: known[key] for key in options if key in known}
         self.state: State | None = entry.state(**self.options) if entry.state else None
 
+    def window(self, rates: Mapping[str, Any]) -> dict[str, Any]:
+        """The token rates this loss takes, prompts counted where its likelihood has them."""
+        known = self.loss.entry.defaults
+        scope = self.arguments.get("nll_scope", known.get("nll_scope"))
+        prompts = rates.get("prompt_tokens_per_pair", 0.0) if scope == "all" else 0.0
+        return {key: rate + prompts for key, rate in rates.items() if key in known}
+
     def keywords(self, batch: Any, local: slice, update: bool) -> dict[str, Any]:
         """Keywords of the loss: fixed ones win, but for those that only start the state."""
         if self.state is None:
@@ -56,8 +63,11 @@ class Combined:
         self.weights = [term.weight for term in self._terms]
         self.kind = entries[0].kind
         """``"pair"``, ``"unpaired"`` or ``"group"``."""
-        self.coupled = any(entry.coupled for entry in entries)
-        """An example's loss depends on the others of its micro-batch, over all ranks."""
+        self.coupled = any(entry.coupled for entry in entries) or any(
+            term.state is not None and term.state.moves for term in self._terms
+        )
+        """An example's loss depends on the others of its micro-batch, over all ranks: in itself, or
+        through a state that follows them."""
         self.needs = frozenset(
             word for term in self._terms for word in term.loss.entry.needs_for(term.arguments)
         )
@@ -98,15 +108,14 @@ class Combined:
             local: Where this rank's examples are in ``gathered``.
             update: Let the states learn; false for evaluation.
             window: Statistics of the global accumulation window (``tokens_per_pair``,
-                ``third_tokens_per_pair``), handed to the losses that take them.
+                ``third_tokens_per_pair``), handed to the losses that take them; those whose
+                likelihood counts the prompt get them plus ``prompt_tokens_per_pair``.
         """
         if gathered is None and self.states:
             gathered = self.state_batch(batch)
         result = {}
         for name, term in zip(self.names, self._terms, strict=True):
-            known = term.loss.entry.defaults
-            known_window = {key: value for key, value in window.items() if key in known}
-            keywords = {**known_window, **term.keywords(gathered, local, update)}
+            keywords = {**term.window(window), **term.keywords(gathered, local, update)}
             result[name] = term.loss(batch, **keywords)
         return result
 

@@ -53,6 +53,9 @@ class Entry:
     """Draws random numbers: the order of the examples matters."""
     shift_invariant: bool
     """Only log-ratios matter: a response's sums may shift together, policy and reference."""
+    aligned: bool = True
+    """Number i is of example i; else it is of a rank, or a share of the whole batch's loss, and
+    ``weighting`` is not taken."""
     mean_reward: bool = False
     """The reward by which it ranks responses is a mean over their tokens, not a sum."""
     variants: tuple[Mapping[str, Any], ...] = field(default=({},))
@@ -167,6 +170,7 @@ def register(
     stochastic: bool = False,
     shift_invariant: bool = False,
     f_divergence: bool = False,
+    aligned: bool = True,
     mean_reward: bool = False,
     variants: Iterable[Mapping[str, Any]] = (),
 ) -> Callable[[Callable[..., Tensor]], Loss]:
@@ -201,6 +205,8 @@ def register(
         shift_invariant: Only log-ratios matter; the property tests hold the loss to it.
         f_divergence: Accept ``f_divergence=`` and ``f_alpha=``: the loss sees the policy through
             log-ratios alone.
+        aligned: Number i of the result is of example i; false: pairs cannot be weighed by
+            ``weighting``.
         mean_reward: The reward by which it ranks responses is a mean over their tokens.
         variants: Further keyword arguments under which the property tests run it.
 
@@ -224,7 +230,7 @@ def register(
         }
         if f_divergence:
             defaults |= {"f_divergence": "reverse_kl", "f_alpha": 0.5}
-        if kind == "pair" and not coupled and "log_sum_sq" not in needs:
+        if kind == "pair" and aligned and "log_sum_sq" not in needs:
             defaults |= {"weighting": "none"}
         known = {**COMMON, **(parameters or {})}
         entry = Entry(
@@ -246,6 +252,7 @@ def register(
             finite_range=finite_range,
             stochastic=stochastic,
             shift_invariant=shift_invariant,
+            aligned=aligned,
             mean_reward=mean_reward,
             variants=({}, *variants),
         )

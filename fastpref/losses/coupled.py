@@ -51,8 +51,10 @@ class UnpairedQuantiles(State):
 
 @register(
     "aot",
+    aliases=("aot_paired",),
     needs={"ref"},
     coupled=True,
+    aligned=False,
     state=PairedQuantiles,
     paper="Melnyk et al. 2024, arXiv:2406.05882",
     confidence="H",
@@ -91,6 +93,7 @@ def aot(
     aliases=("aot_pair",),
     needs={"ref"},
     coupled=True,
+    aligned=False,
     state=UnpairedQuantiles,
     paper="Melnyk et al. 2024, arXiv:2406.05882",
     confidence="H",
@@ -148,6 +151,7 @@ class RobustNormaliser(State):
     "dr_dpo",
     needs={"ref"},
     coupled=True,
+    aligned=False,
     state=RobustNormaliser,
     paper="Wu et al. 2024, arXiv:2407.07880",
     confidence="M",

@@ -29,6 +29,7 @@ _SECTIONS = {
     "token": "Single tokens",
 }
 _LOW = "Low confidence"
+_NOWHERE = "none of the libraries looked at"
 _INTRO = """# Losses
 
 Written from the registry by `python -m fastpref.losses --write docs/losses.md`; do not edit.
@@ -54,10 +55,15 @@ def mine(pairs, *, beta=0.1):
 
 - *coupled*: an example's loss depends on the others. The statistic is that of all ranks of one
   micro-batch.
+- *Remembers*: what is carried from micro-batch to micro-batch, of all ranks, and saved with the
+  run. As with a coupled loss, an update then depends on how its batch is cut into micro-batches.
 - A likelihood term is the mean over an example's tokens, then over examples. Under
   `nll_reduction="tokens"` it is the mean over tokens: alone, of this batch; a trainer passes
   `tokens_per_pair`, the chosen tokens of the global accumulation window divided by its pairs, so
   that micro-batches add up to the mean over the window's tokens.
+- *Found in* names other systems that have the loss. Looked at: TRL, HALOs, LLaMA-Factory, ms-swift,
+  axolotl, OpenRLHF, Unsloth, verl, NeMo-RL, torchtune, open-instruct, oat, Compose-RL, Liger,
+  align-anything, and the papers' own code where it was at hand.
 - Every number is computed in fp32 or better, whatever the inputs are. Log-ratios up to 10,000 give
   finite values and gradients.
 """
@@ -81,6 +87,14 @@ def _section(entry: Entry) -> str:
 
 def _needs(entry: Entry) -> str:
     return _code(sorted(entry.needs)) + (", coupled" if entry.coupled else "")
+
+
+def _memory(entry: Entry) -> str:
+    """What the state of a loss carries from batch to batch."""
+    if entry.state is None or not entry.state.keeps:
+        return ""
+    lines = (inspect.getdoc(entry.state) or "").split("\n\n")[0]
+    return " ".join(lines.split()).replace("``", "`")
 
 
 def _defaults(entry: Entry) -> str:
@@ -132,9 +146,10 @@ def page(name: str) -> str:
         "Also called": _code(entry.aliases),
         "Choose it when": entry.when,
         "Needs": _needs(entry),
+        "Remembers": _memory(entry),
         "Source": f"{entry.paper} {entry.equation}".strip(),
         "Confidence": CONFIDENCE[entry.confidence],
-        "Found in": entry.found_in,
+        "Found in": entry.found_in or (_NOWHERE if entry.confidence else ""),
     }
     lines = [f"### {entry.name}", "", summary, ""]
     lines += ["```text", entry.formula, "```", ""] if entry.formula else []

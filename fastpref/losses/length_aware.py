@@ -112,8 +112,8 @@ def ld_dpo(
     shared = torch.minimum(p.chosen_tokens.lengths, p.rejected_tokens.lengths)
 
     def logratio(policy: Packed, ref: Packed) -> Tensor:
-        tail = policy.positions >= shared[policy.segments]
-        weights = torch.where(tail, alpha, 1.0).to(policy.values.dtype)
+        tail = (policy.positions >= shared[policy.segments]).to(policy.values.dtype)
+        weights = 1 - (1 - alpha) * tail
         return _logratio(policy, ref, weights, weights if on_reference else None)
 
     chosen = logratio(p.chosen_tokens, p.ref_chosen_tokens)

@@ -97,6 +97,10 @@ def spo(
     gaps = p.prior_chosen - p.prior_rejected
     steps = gaps.diff(dim=0)  # D(pi_i / pi_{i-1}) of each earlier round. (R - 1, B)
     current = (p.chosen - p.rejected) - gaps[-1]
+    if current_coef is None and prior_coefs:
+        raise ValueError(
+            "spo: prior_coefs belong to the two-coefficient form: give current_coef too"
+        )
     if current_coef is not None:
         return -F.logsigmoid(current_coef * current - _weighted(prior_coefs, steps, "spo"))
     rounds = steps.shape[0]

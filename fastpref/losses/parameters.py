@@ -58,8 +58,13 @@ class Parameter:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The end of an error message: the nearest of ``words``, or all of them if they are few."""
-    words = list(words)
-    close = get_close_matches(word, words, n=1, cutoff=0.5)
+    words, word = list(words), word.lower()
+    begun = sorted((known for known in words if f"{word}_".startswith(f"{known}_")), key=len)
+    close = (
+        get_close_matches(word, words, n=1, cutoff=0.8)
+        or begun[-1:]
+        or get_close_matches(word, words, n=1, cutoff=0.5)
+    )
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(words)}" if 0 < len(words) <= 12 else ""

@@ -235,7 +235,7 @@ def simper(p: PairLogps) -> Tensor:
             "for `tokens`: gold tokens / pairs of the global accumulation window", "(0, inf)"
         ),
     },
-    variants=({"length_normalized": True}, {"nll_reduction": "tokens"}),
+    variants=({"length_normalized": True}, {"nll_reduction": "tokens"}, {"nll_scope": "all"}),
 )
 def tpo(
     p: PairLogps,
@@ -245,6 +245,7 @@ def tpo(
     gamma: float = 0.5,
     length_normalized: bool = False,
     nll_reduction: str = "example",
+    nll_scope: str = "response",
     third_tokens_per_pair: float | Tensor | None = None,
 ) -> Tensor:
     """Preference of a pair plus the likelihood of a third, gold response."""
@@ -253,5 +254,5 @@ def tpo(
     else:
         preference = -F.logsigmoid(beta * (p.chosen - p.rejected))
     return preference + nll_weight * nll(
-        p, "third", nll_reduction, "response", third_tokens_per_pair
+        p, "third", nll_reduction, nll_scope, third_tokens_per_pair
     )

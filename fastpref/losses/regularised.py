@@ -67,6 +67,7 @@ def _with_likelihood(
 
 @register(
     "rpo",
+    aliases=("rpo_regularized",),
     needs={"ref", "lengths"},
     paper="Liu et al. 2024, arXiv:2405.16436",
     confidence="H",

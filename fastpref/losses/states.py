@@ -47,6 +47,11 @@ class State:
             self._numbers = before
         return keywords
 
+    @property
+    def moves(self) -> bool:
+        """The keywords follow the batches: an update depends on how its batch is cut."""
+        return True
+
     def compute(self, batch: Any, local: slice) -> dict[str, Any]:
         """The keywords, after remembering what ``batch`` shows."""
         raise NotImplementedError
@@ -113,6 +118,11 @@ class RewardShift(State):
         super().__init__()
         self.beta, self.delta_mode, self.momentum = beta, delta_mode, momentum
 
+    @property
+    def moves(self) -> bool:
+        """Unless ``delta`` stays 0."""
+        return self.delta_mode != "zero"
+
     def logratios(self, batch: Any) -> Tensor:
         """All log-ratios of the batch."""
         return torch.cat(batch.logratios)
@@ -137,7 +147,7 @@ class RewardShift(State):
 
 
 class BatchMeansShift(RewardShift):
-    """`RewardShift` that follows the mean of batch means unless told otherwise."""
+    """Running mean of the implicit rewards, of batch means unless told otherwise."""
 
     def __init__(
         self, *, beta: float = 0.1, delta_mode: str = "batch_means", momentum: float = 0.99
@@ -147,7 +157,8 @@ class BatchMeansShift(RewardShift):
 
 
 class UnpairedShift(RewardShift):
-    """`RewardShift` of labelled examples; follows the mean of all rewards unless told otherwise."""
+    """Running mean of the implicit rewards of single examples, each weighing one unless told
+    otherwise."""
 
     reads = ("logps", "ref_logps")
 

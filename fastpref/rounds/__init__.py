@@ -15,6 +15,11 @@ RECIPES = {
     "ilr_dpo": ("ILRDPO", "sample, reward, best and worst, DPO with a price on length; again"),
     "dice": ("DICE", "the policy ranks its own samples by its implicit reward"),
     "selm": ("SELM", "DPO on updated pairs that explores away from the reference's answers"),
+    "active": ("Active", "the policy chooses which of its pairs an oracle or people label"),
+    "spo": ("SPO", "a preference dimension each round; earlier rounds' rewards as margins"),
+    "modpo": ("MODPO", "a sweep over weights of several objectives, and their front"),
+    "sapo": ("SAPO", "self-play: an average of the policy rewrites a segment of each response"),
+    "dropout_ntp": ("DropoutNTP", "rejected: the chosen response, finished without the context"),
 }
 """Recipes by their name on the command line: the class, and what it does."""
 
@@ -27,6 +32,8 @@ _HOME = {
     "Outcome": "recipe",
     "Recipe": "recipe",
     "OnPolicy": "recipe",
+    "People": "people",
+    "Sampled": "recipe",
     "Sampling": "sampling",
     "sample": "sampling",
     "Filter": "pairs",
@@ -42,6 +49,7 @@ _HOME = {
     "Scorer": "scorer",
     "Function": "scorers",
     "Implicit": "scorers",
+    "LabelsWanted": "people",
     "Length": "scorers",
     "Ranker": "reward_models",
     "RewardModel": "reward_models",
@@ -52,6 +60,11 @@ _HOME = {
     "Loss": "training",
     "Training": "training",
     "train": "training",
+    "SelfPlay": "self_play",
+    "SelfPlayTrainer": "self_play",
+    "choose_segment": "segments",
+    "ema_update": "segments",
+    "splice": "segments",
     "length_controlled_win_rate": "winrate",
     "win_rate": "winrate",
 }

@@ -13,6 +13,7 @@ import yaml
 
 from fastpref import rounds
 from fastpref.rounds import RECIPES
+from fastpref.rounds.people import LabelsWanted
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +46,11 @@ def main(argv: Sequence[str]) -> int:
     options |= {"run_dir": given.run_dir} if given.run_dir else {}
     options |= {"redo": True} if given.redo else {}
     options |= {"use_cpu": True} if given.cpu else {}
-    outcome = recipe.from_options(options).run()
+    try:
+        outcome = recipe.from_options(options).run()
+    except LabelsWanted as waiting:
+        print(waiting)
+        return 1
     print(f"the policy is in {outcome.policy.path}")
     return 0
 

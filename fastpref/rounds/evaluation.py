@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
 from fastpref.rounds.sampling import Sampling, sample
 from fastpref.rounds.scorer import Scorer
-from fastpref.rounds.winrate import RESAMPLES, length_controlled_win_rate, mean, win_rate
+from fastpref.rounds.winrate import RESAMPLES, Estimate, length_controlled_win_rate, mean, win_rate
 
 
 @dataclass
@@ -95,8 +96,8 @@ class Evaluator:
         own = [row["responses"][0] for row in new]
         found: Row = {
             "prompts": len(new),
-            "tokens": mean([len(r["ids"]) for r in own]),
-            "characters": mean([len(r["text"]) for r in own]),
+            "tokens": self._mean([len(r["ids"]) for r in own]),
+            "characters": self._mean([len(r["text"]) for r in own]),
             "unfinished": sum(not r["finished"] for r in own) / len(own),
             "kl": {"previous": self._kl(name, after, before, "previous")},
         }
@@ -105,8 +106,8 @@ class Evaluator:
         else:
             found["kl"]["start"] = found["kl"]["previous"]
         if self.reward is not None:
-            found["reward"] = mean(self.rewards(after))
-            found["reward_before"] = mean(self.rewards(before))
+            found["reward"] = self._mean(self.rewards(after))
+            found["reward_before"] = self._mean(self.rewards(before))
             found["reward_name"] = self.reward.name
         if self.judge is not None:
             preferences = self._preferences(name, new, old, before, after)
@@ -115,7 +116,7 @@ class Evaluator:
                 for a, b in zip(new, old, strict=True)
             ]
             found["judge"] = self.judge.name
-            found["win_rate"] = win_rate(preferences)
+            found["win_rate"] = win_rate(preferences, self.resamples)
             found["lc_win_rate"] = length_controlled_win_rate(preferences, longer, self.resamples)
         return found
 
@@ -142,11 +143,16 @@ class Evaluator:
         return [row["scores"][0] for row in judged]
 
     def _kl(self, name: str, policy: Policy, other: Policy, which: str) -> Any:
+        if policy.digest == other.digest:
+            return Estimate(0.0, 0.0, 0.0)
         answers, folder = self.answers(policy), self.name(policy, name)
         own = log_likelihoods(self.run, f"{folder}/likelihood/own", policy, answers)
         against = log_likelihoods(self.run, f"{folder}/likelihood/{which}", other, answers)
         ratios = [a["logps"][0] - b["logps"][0] for a, b in zip(own, against, strict=True)]
-        return mean(ratios)
+        return self._mean(ratios)
+
+    def _mean(self, values: Sequence[float]) -> Estimate:
+        return mean(values, self.resamples)
 
 
 def describe_pairs(

@@ -45,6 +45,32 @@ def load_dataset(source: Any, split: str = "train") -> Any:
     return source
 
 
+def by_name(dataset: Any, column: str) -> dict[str, list[Row]]:
+    """The rows of several datasets by their names.
+
+    Args:
+        dataset: A mapping of names to what :func:`load_dataset` takes, or one dataset.
+        column: Where a row of one dataset holds its name.
+
+    Returns:
+        Rows by name, in the order of the mapping, or as the names first come in the column.
+
+    Raises:
+        ValueError: a row has no such column.
+    """
+    if isinstance(dataset, Mapping):
+        return {str(name): list(load_dataset(part)) for name, part in dataset.items()}
+    found: dict[str, list[Row]] = {}
+    for number, row in enumerate(load_dataset(dataset)):
+        if row.get(column) is None:
+            raise ValueError(
+                f"row {number} of the dataset has no {column!r}: give a mapping of names to "
+                f"datasets, or a column {column!r}; found {', '.join(row)}"
+            )
+        found.setdefault(str(row[column]), []).append(row)
+    return found
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, for people and for scorers that want one."""
     if isinstance(prompt, str):

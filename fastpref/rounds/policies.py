@@ -90,3 +90,19 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
         "dtype": str(run.dtype),
     }
     return run.batches(name, inputs, batches, open, "log-likelihoods")
+
+
+def log_ratio_margins(new: Rows, old: Rows) -> list[float]:
+    """How much more one policy than another prefers the chosen response of each pair.
+
+    Args:
+        new: Of :func:`log_likelihoods`, on pairs whose chosen response is the first.
+        old: The same pairs under another policy.
+
+    Returns:
+        ``(log pi - log pi_old)(chosen) - (log pi - log pi_old)(rejected)``, nats.
+    """
+    return [
+        (a["logps"][0] - b["logps"][0]) - (a["logps"][1] - b["logps"][1])
+        for a, b in zip(new, old, strict=True)
+    ]

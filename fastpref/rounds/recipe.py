@@ -175,7 +175,7 @@ class Recipe:
 
     def _write_config(self, path: Path) -> None:
         values = {name: value for name, value in resolved(self).items() if name != "redo"}
-        text = yaml.safe_dump({"recipe": type(self).__name__, **values}, sort_keys=True)
+        text = yaml.safe_dump({"recipe": type(self).__name__, **values}, sort_keys=False)
         write_text(path, text)
 
     # What recipes share
@@ -252,26 +252,20 @@ class Recipe:
 
 
 @dataclass(kw_only=True)
-class OnPolicy(Recipe):
-    """Options of recipes that sample in each round.
+class Sampled(Recipe):
+    """Options of recipes that sample from the policy.
 
     Attributes:
-        rounds: How many.
-        prompts_per_round: Prompts of each round; None: all, in equal parts.
         sampling: How responses are drawn: a :class:`~fastpref.rounds.sampling.Sampling`, or a dict.
         filter: Which of them count: a :class:`~fastpref.rounds.pairs.Filter`, or a dict.
     """
 
-    rounds: int = 3
-    prompts_per_round: int | None = None
     sampling: Any = field(default_factory=Sampling)
     filter: Any = field(default_factory=Filter)
 
     def __post_init__(self) -> None:
         """See the class."""
         super().__post_init__()
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         self._sampling = as_options(Sampling, self.sampling, "sampling")
         self._filter = as_options(Filter, self.filter, "filter")
         limit = self.training.get("max_length", PreferenceConfig.max_length)
@@ -282,6 +276,25 @@ class OnPolicy(Recipe):
                 f"{limit}: responses would be cut before they are trained on. Lower the first two, "
                 "or raise training.max_length"
             )
+
+
+@dataclass(kw_only=True)
+class OnPolicy(Sampled):
+    """Options of recipes that sample in each round.
+
+    Attributes:
+        rounds: How many.
+        prompts_per_round: Prompts of each round; None: all, in equal parts.
+    """
+
+    rounds: int = 3
+    prompts_per_round: int | None = None
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
     def parts(self, prompts: Rows) -> list[Rows]:
         """The prompts of each round."""

@@ -57,7 +57,7 @@ def lines(content: Row) -> list[tuple[str, str]]:
         gap = f"{pairs['gap_tokens']:+.1f} tokens, {pairs['gap_characters']:+.1f} characters"
         found.append(("chosen - rejected", gap))
     for name, value in (content.get("training") or {}).items():
-        found.append((name, f"{value:.4f}" if isinstance(value, float) else str(value)))
+        found.append((name, _shown(value)))
     held_out = content.get("held_out")
     if held_out:
         found.append(("held-out prompts", str(held_out["prompts"])))
@@ -73,6 +73,12 @@ def lines(content: Row) -> list[tuple[str, str]]:
         if held_out["unfinished"]:
             found.append(("  unfinished", f"{held_out['unfinished']:.0%}"))
     return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return _interval(value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _interval(values: Sequence[float]) -> str:

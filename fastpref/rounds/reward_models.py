@@ -9,9 +9,24 @@ from typing import Any
 
 import torch
 
+from fastpref.named import find
 from fastpref.rounds.examples import prompt_text
 from fastpref.rounds.run import Row, Run, by_length, policy_of
-from fastpref.rounds.scorer import Score, Scorer, described, find
+from fastpref.rounds.scorer import Score, Scorer, described
+
+
+def reward_text(tokenizer: Any, prompt: Any, response: str) -> str:
+    """What a reward model reads: prompt and response as its chat template has them, or end to end.
+
+    Args:
+        tokenizer: The reward model's.
+        prompt: A string, or messages; a string, or a tokenizer without a template, is not rendered.
+        response: A string.
+    """
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return prompt_text(prompt) + response
+    said = [*prompt, {"role": "assistant", "content": response}]
+    return str(tokenizer.apply_chat_template(said, tokenize=False))
 
 
 class Classifier:
@@ -34,13 +49,6 @@ class Classifier:
         loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = loaded.to(run.device).eval()
         self.size, self.max_length = run.batch_size, max_length
-
-    def text(self, prompt: Any, response: str) -> str:
-        """Prompt and response as the model's chat template has them; without one, end to end."""
-        if isinstance(prompt, str) or self.tokenizer.chat_template is None:
-            return prompt_text(prompt) + response
-        said = [*prompt, {"role": "assistant", "content": response}]
-        return str(self.tokenizer.apply_chat_template(said, tokenize=False))
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> list[float]:
@@ -97,7 +105,11 @@ class RewardModel(Scorer):
         classify = Classifier(run, self.model, self.max_length)
 
         def score(groups: Sequence[Row]) -> list[list[float]]:
-            texts = [classify.text(g["prompt"], r["text"]) for g in groups for r in g["responses"]]
+            texts = [
+                reward_text(classify.tokenizer, group["prompt"], response["text"])
+                for group in groups
+                for response in group["responses"]
+            ]
             found = iter(classify(texts))
             return [[next(found) for _ in group["responses"]] for group in groups]
 

@@ -1,4 +1,8 @@
-"""Responses sampled from a policy: several a prompt, batched by length, seeded by batch."""
+"""Responses sampled from a policy: several a prompt, batched by length, seeded by batch.
+
+A prompt goes through the model once, however many responses it gets, wherever the model's cache can
+be repeated.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpref.rounds.examples import cut_at_end, ends
 from fastpref.rounds.policies import load_policy
@@ -156,7 +161,6 @@ def transformers_generate(
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "num_return_sequences": sampling.n,
         }
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -172,17 +176,45 @@ def transformers_generate(
     @torch.no_grad()
     def generate(prompts: Sequence[Sequence[int]], seed: int) -> list[list[list[int]]]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts]).to(device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(device)
+        read = _read_once(model, ids, mask, pad, sampling.n)
         torch.manual_seed(seed)
         made = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            input_ids=ids.repeat_interleave(sampling.n, 0),
+            attention_mask=mask.repeat_interleave(sampling.n, 0),
+            generation_config=config,
+            **({} if read is None else {"past_key_values": read}),
         )
         new = made[:, width:].tolist()
-        size = len(new) // len(prompts)
-        return [new[i * size : (i + 1) * size] for i in range(len(prompts))]
+        return [new[i : i + sampling.n] for i in range(0, len(new), sampling.n)]
 
     return generate
+
+
+def _read_once(model: Any, ids: Tensor, mask: Tensor, pad: int, copies: int) -> Any:
+    """A cache of all but the prompts' last token, ``copies`` times each, from one pass over them.
+
+    None where that saves nothing, or the cache cannot be repeated (linear attention, say).
+    """
+    from transformers import DynamicCache, GenerationConfig
+
+    if copies == 1 or ids.shape[1] == 1:
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        return None
+    # generate() knows each model's positions under padding; the token it draws is not in the cache.
+    model.generate(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        past_key_values=cache,
+        generation_config=GenerationConfig(max_new_tokens=1, pad_token_id=pad),
+    )
+    if cache.get_seq_length() != ids.shape[1] - 1:  # the model keeps a cache of its own kind
+        return None
+    cache.batch_repeat_interleave(copies)
+    return cache
 
 
 def _transformers(run: Run, policy: Policy, sampling: Sampling) -> tuple[Generate, list[int]]:

@@ -1,4 +1,4 @@
-"""What a response is worth: the base of all scorers, and functions by name.
+"""What a response is worth: the base of all scorers.
 
 Every scorer scores groups, a prompt with its responses, as a stage of a run. Equal responses to one
 prompt are scored once, a stage is never made twice, and a batch whose scorer fails costs only
@@ -8,14 +8,12 @@ itself: the scores before it are kept, and the next start goes on from there.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from fastpref.named import find
 from fastpref.rounds.run import Row, Rows, Run, by_length
 
 Score = Callable[[Sequence[Row]], list[list[float]]]
@@ -118,31 +116,6 @@ def _once(score: Score, groups: Sequence[Row]) -> list[list[float]]:
     own = iter(found)
     scores = [next(own) if group["responses"] else [] for group in shown]
     return [[values[i] for i in place] for values, place in zip(scores, places, strict=True)]
-
-
-def find(function: Any) -> Callable[..., Any]:
-    """The function that ``"module:name"`` or ``"file.py:name"`` names; a function as it is.
-
-    Raises:
-        ValueError: there is no such module, file or name.
-    """
-    if callable(function):
-        return function  # type: ignore[no-any-return]
-    where, _, name = str(function).rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        return getattr(module, name)  # type: ignore[no-any-return]
-    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{function!r} names no function ({error}): write 'module:name' or 'file.py:name'"
-        ) from error
 
 
 def described(function: Any) -> dict[str, str]:

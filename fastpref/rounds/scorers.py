@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastpref.named import find
+from fastpref.rounds.people import People
 from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.reward_models import Ranker, RewardModel
 from fastpref.rounds.run import Policy, Row, Rows, Run, policy_of
-from fastpref.rounds.scorer import Score, Scorer, described, find
+from fastpref.rounds.scorer import Score, Scorer, described
 
 
 @dataclass
@@ -161,7 +163,7 @@ class Weighted(Scorer):
 
 
 KINDS: dict[str, type[Any]] = {
-    kind.kind: kind for kind in (Function, Length, RewardModel, Ranker, Implicit)
+    kind.kind: kind for kind in (Function, Length, RewardModel, Ranker, Implicit, People)
 }
 """Scorers by their name in a config."""
 

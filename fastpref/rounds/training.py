@@ -7,9 +7,10 @@ the last of them, exactly as the trainer does; they go when the policy is writte
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 
 from fastpref import checkpoint
 from fastpref.config import PreferenceConfig
+from fastpref.data.rows import Limits
 from fastpref.recorder import draw_run, record, resolved
 from fastpref.rounds.run import Policy, Row, Rows, Run, digest, given_rows, seed_of
 from fastpref.trainer import PreferenceTrainer
+
+logger = logging.getLogger("fastpref")
 
 MODEL, TRAINER = "model", "trainer"
 
@@ -114,6 +118,7 @@ def train(
     training: Training,
     build: Build = PreferenceTrainer,
     extra: Mapping[str, Any] | None = None,
+    draw: str | None = None,
 ) -> Policy:
     """A policy trained on pairs, as a stage.
 
@@ -125,11 +130,14 @@ def train(
             them.
         start: Policy to go on from.
         reference: The reference; ``start`` itself means a frozen copy of it, and then the first
-            loss must be that of a margin of 0; None: the loss needs none.
+            loss must be that of a margin of 0; None: the loss needs none, or the pairs bring its
+            sums.
         loss: What to minimise.
         training: How.
         build: Makes the trainer, with :class:`fastpref.PreferenceTrainer`'s arguments.
         extra: More that the result depends on.
+        draw: What the seed comes from, beside the run's: stages with the same one see their pairs
+            in the same order; None: the stage's name.
 
     Returns:
         The policy. Beside it the folder holds the trainer's metrics, curves and config.
@@ -137,7 +145,7 @@ def train(
     Raises:
         KeyboardInterrupt: Ctrl-C; what was trained is kept.
     """
-    seed = seed_of(run.seed, name) % 2**31
+    seed = seed_of(run.seed, draw or name) % 2**31
     inputs = {
         "pairs": digest([_columns(row) for row in pairs]),
         "start": start.digest,
@@ -264,6 +272,42 @@ def token_rows(pairs: Sequence[Row]) -> Rows:
             for row in pairs
         ]
     )
+
+
+def uncut(examples: Rows, training: Training) -> Rows:
+    """The rows that training does not cut: numbers taken from whole responses are right for them.
+
+    Args:
+        examples: Rows with ``prompt_ids`` and ``responses``.
+        training: How they are trained on.
+
+    Returns:
+        The rows left; the log says how many are not.
+
+    Raises:
+        ValueError: none is left.
+    """
+    names = {f.name for f in fields(Limits)} & {f.name for f in fields(PreferenceConfig)}
+    limits = Limits(**{n: training.options.get(n, getattr(PreferenceConfig, n)) for n in names})
+
+    def whole(row: Row) -> bool:
+        prompt, lengths = len(row["prompt_ids"]), [len(r["ids"]) for r in row["responses"]]
+        kept = (slice(0, prompt), [slice(0, length) for length in lengths])
+        return limits.cuts(prompt, lengths) == kept
+
+    kept = [row for row in examples if whole(row)]
+    if not kept:
+        raise ValueError(
+            f"all {len(examples)} pairs are longer than training reads: raise training.max_length"
+        )
+    if len(kept) < len(examples):
+        logger.warning(
+            "%d pairs are longer than training reads (training.max_length and the like) and are "
+            "left out, %d remain",
+            len(examples) - len(kept),
+            len(kept),
+        )
+    return given_rows(kept)
 
 
 def pick_device(use_cpu: bool) -> torch.device:

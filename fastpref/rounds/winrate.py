@@ -64,18 +64,24 @@ def estimate(
     return Estimate(value, float(found.low), float(found.high))
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
     """The mean with its interval."""
-    return estimate(lambda x: float(np.mean(x)), values)
+    return estimate(lambda x: float(np.mean(x)), values, resamples=resamples)
 
 
-def win_rate(preferences: Sequence[float]) -> Estimate:
+def win_rate(preferences: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
     """Share of answers that are preferred, a tie counting half.
 
     Args:
         preferences: Probability that the policy's answer is the better one, by prompt.
+        resamples: Number of draws with replacement.
     """
-    return mean(preferences)
+    return mean(preferences, resamples)
+
+
+def accuracy(margins: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
+    """Share of margins above 0, a margin of 0 counting half."""
+    return mean([0.5 + 0.5 * ((margin > 0) - (margin < 0)) for margin in margins], resamples)
 
 
 def length_controlled(preferences: Array, differences: Array, strength: float = 1.0) -> float:

@@ -13,7 +13,7 @@ import torch
 from fastpref import losses
 from fastpref.losses import PairLogps, UnpairedLogps
 from fastpref.losses.core import _aliases, registry
-from fastpref.losses.docs import document, main
+from fastpref.losses.docs import document, main, page
 
 ROOT = Path(__file__).parents[2]
 TRL = (
@@ -58,6 +58,8 @@ def test_every_entry_is_complete() -> None:
         assert entry.when, entry.name
         assert entry.summary, entry.name
         assert entry.confidence in "HML"
+        assert "\n- Found in: " in page(entry.name)
+        assert "\n- Choose it when: " in page(entry.name)
         assert entry.kind == "token" or set(entry.defaults) <= set(entry.parameters), entry.name
         assert loss.__doc__ is not None
         assert entry.summary in loss.__doc__
@@ -65,10 +67,14 @@ def test_every_entry_is_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("sigmiod", "sigmoid"), ("dpoo", "dpo"), ("ktoo", "kto"), ("IPO", "")]
+    ("name", "nearest"),
+    [
+        *(("sigmiod", "sigmoid"), ("dpoo", "dpo"), ("ktoo", "kto"), ("IPO", "ipo")),
+        *(("ipo_sum", "ipo"), ("mrpo_k2", "mrpo"), ("rpo_aware_bwd_kl", "rpo_aware")),
+    ],
 )
 def test_unknown_loss(name: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=f"no loss is called '{name}'.*{nearest}"):
+    with pytest.raises(ValueError, match=f"no loss is called '{name}'; did you mean '{nearest}'"):
         losses.get(name)
 
 

@@ -159,6 +159,8 @@ def test_spo(some: PairLogps, dpo: torch.Tensor, random_pairs: Any) -> None:
     same(get("spo")(change(some, **still)), dpo)
     with pytest.raises(ValueError, match="alpha has 2 numbers for 1 earlier rounds"):
         get("spo")(batch, alpha=[0.1, 0.2])
+    with pytest.raises(ValueError, match="prior_coefs belong to the two-coefficient form"):
+        get("spo")(batch, prior_coefs=[0.1])
 
 
 def test_hpo_without_auxiliary_term_is_kto(some: PairLogps) -> None:
@@ -211,6 +213,20 @@ def test_sampo_of_equal_lengths_is_dpo() -> None:
     batch = PairLogps(**tokens, **sums)
     same(get("sampo")(batch), get("dpo")(batch))
     same(get("sampo")(batch, expectation=True), get("dpo")(batch))
+
+
+def test_ld_dpo_by_hand(some: PairLogps) -> None:
+    """In float64 to its last digits, for an alpha that fp32 cannot hold."""
+    alpha, margins = 0.3, []
+    for i in range(SIZE):
+        ratios = []
+        for side in ("chosen", "rejected"):
+            policy, ref = getattr(some, f"{side}_tokens"), getattr(some, f"ref_{side}_tokens")
+            ratios.append((policy.values - ref.values)[slice(*policy.cu_seqlens[i : i + 2])])
+        shared = min(map(len, ratios))
+        chosen, rejected = (x[:shared].sum() + alpha * x[shared:].sum() for x in ratios)
+        margins.append(chosen - rejected)
+    same(get("ld_dpo")(some, alpha=alpha), -logsigmoid(0.1 * torch.stack(margins)), 1e-14)
 
 
 def test_chi_po_far_below_the_reference_is_dpo(some: PairLogps) -> None:

@@ -256,7 +256,9 @@ class TestCombine:
         torch.testing.assert_close(combined(batch), expected, rtol=1e-12, atol=1e-12)
         assert combined.needs == {"ref", "lengths"}
         assert combined.kind == "pair"
-        assert not combined.coupled
+        assert combined.coupled
+        assert not losses.combine(["sigmoid", "bco_pair", "sft"]).coupled
+        assert losses.combine("mpo").coupled
         assert list(combined.states) == ["bco_pair"]
         assert list(combined.terms(batch)) == ["dpo", "bco_pair", "sft"]
         assert combined.beta == 0.2
@@ -270,6 +272,18 @@ class TestCombine:
         combined = losses.combine(["dpo", "sft"], args={"sft": {"nll_reduction": "tokens"}})
         terms = combined.terms(batch, tokens_per_pair=4.0)
         torch.testing.assert_close(terms["sft"], -batch.chosen / 4.0)
+
+    def test_prompts_count_in_the_window_of_the_losses_that_want_them(self) -> None:
+        batch = random_pairs(0)
+        ones = torch.ones(SIZE, dtype=torch.float64)
+        batch = PairLogps(**{**vars(batch), "prompt": -5 * ones, "prompt_lengths": 3 * ones})
+        tokens = {"nll_reduction": "tokens"}
+        args = {"sft": tokens, "cpo": {**tokens, "nll_scope": "all"}}
+        both = losses.combine(["sft", "cpo"], args=args)
+        terms = both.terms(batch, tokens_per_pair=4.0, prompt_tokens_per_pair=3.0)
+        torch.testing.assert_close(terms["sft"], -batch.chosen / 4.0)
+        likelihood = terms["cpo"] - losses.get("cpo")(batch, nll_weight=0.0)
+        torch.testing.assert_close(likelihood, (5 - batch.chosen) / 7.0)
 
     def test_a_fixed_statistic_wins_over_the_state(self) -> None:
         batch = random_pairs(0)

@@ -61,6 +61,33 @@ def test_wpo_weights_come_from_the_policy_under_any_divergence(
     same(ratio, get("dpo")(batch, weighting="wpo") / dpo)
 
 
+@pytest.mark.parametrize("name", ["alpha_dpo", "beta_dpo", "kto_pair", "hpo", "simpo", "mdpo"])
+def test_any_loss_of_single_pairs_is_weighted(name: str, some: PairLogps) -> None:
+    far = {"corrupted": -3 * ONES, "ref_corrupted": -2 * ONES}
+    batch = change(some, chosen_log_sum_sq=-ONES, rejected_log_sum_sq=-2 * ONES, **far)
+    batch = change(batch, chosen_lengths=some.chosen_lengths * 3)
+    kept = {"kept": [0, 2, 3]} if name == "beta_dpo" else {}
+    likely = batch.chosen / batch.chosen_lengths + batch.rejected / batch.rejected_lengths + 3
+    weight = likely.clamp(max=0).exp()
+    assert 0 < (weight < 1).sum()
+    same(get(name)(batch, weighting="wpo", **kept), weight * get(name)(batch, **kept))
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "dr_dpo"])
+def test_a_loss_of_the_whole_batch_is_not(name: str, some: PairLogps) -> None:
+    with pytest.raises(TypeError, match=f"{name} has no hyper-parameter 'weighting'"):
+        get(name)(some, weighting="wpo")
+
+
+def test_robust_goes_below_zero_and_stays_finite() -> None:
+    x = torch.tensor([1e4, 50.0, -1e4], requires_grad=True)
+    zero = torch.zeros(3)
+    batch = PairLogps(chosen=x, rejected=zero, ref_chosen=zero, ref_rejected=zero)
+    loss = get("robust")(batch, label_smoothing=0.4)
+    assert (loss[:2] < 0).all()
+    assert torch.autograd.grad(loss.sum(), x)[0].isfinite().all()
+
+
 def test_discopop_far_in_the_negative() -> None:
     x = torch.tensor([-1e4, -2e3, -100.0], requires_grad=True)
     zero = torch.zeros(3)
@@ -106,6 +133,8 @@ def test_prompt_counts_only_when_asked(some: PairLogps) -> None:
     expected = (3 - some.chosen) / (2 + some.chosen_lengths)
     same(get("sft")(batch, nll_scope="all"), expected)
     same(get("orpo")(batch, nll_scope="all") - get("orpo")(batch), expected - get("sft")(batch))
+    gold = (3 - some.third) / (2 + some.third_lengths)
+    same(get("tpo")(batch, nll_scope="all") - get("tpo")(batch, nll_weight=0.0), gold)
 
 
 def test_alphapo_of_an_unlikely_response() -> None:

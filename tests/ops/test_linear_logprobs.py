@@ -80,6 +80,7 @@ def compare(problem, dtype, **options):
     hidden, weight, targets, bias = problem
     kernel = {k: options.pop(k) for k in ("backend", "memory_budget") if k in options}
     upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7))
+    upstream = upstream.to(targets.device)
     wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
     truth = run(reference.linear_logprobs, wide[0], wide[1], targets, wide[2], upstream, **options)
     plain = run(reference.linear_logprobs, hidden, weight, targets, bias, upstream, **options)

@@ -80,7 +80,8 @@ def on_two_ranks(name: str, folder: Path) -> dict[str, Any]:
     """What ``name.py FOLDER`` leaves in ``result.json``, run by two processes of a thread each."""
     folder.mkdir()
     package = Path(fastpref.__file__).parents[1]
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(Path(__file__).with_name(f"{name}.py")), str(folder)],

@@ -221,7 +221,10 @@ def test_likelihood_rates_count_masks(make: Any) -> None:
     rows = {"prompt_ids": [[1, 2], [1]], "chosen_ids": [[1, 2, 3], [4]], "rejected_ids": [[1], [2]]}
     data = Dataset.from_dict(rows)
     assert likelihood_rates(data, "pair", False) == {"tokens_per_pair": 2.0}
-    assert likelihood_rates(data, "pair", True) == {"tokens_per_pair": 2.5}
+    assert likelihood_rates(data, "pair", True) == {
+        "tokens_per_pair": 2.0,
+        "prompt_tokens_per_pair": 0.5,
+    }
     masked = data.add_column("chosen_mask", [[0, 1, 1], [1]])
     assert likelihood_rates(masked, "pair", False) == {"tokens_per_pair": 1.5}
     assert likelihood_rates(data.to_iterable_dataset(), "pair", False) == {}

@@ -172,6 +172,34 @@ def test_an_adapted_head(kind: str) -> None:
     torch.testing.assert_close(off, one_by_one(base, examples).detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_adapted_tied_embeddings(targets: list[str]) -> None:
+    """The table is one, its adapters are not: each changes the place that it is at."""
+    model = lora(make_model("qwen2"), target_modules=["q_proj", *targets])
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings(), base.get_output_embeddings()
+    tables = [getattr(layer, "base_layer", layer).weight for layer in embeddings]
+    assert tables[0] is tables[1]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_embedding" in name:
+                weight.normal_()
+    examples = rows()
+    expected = one_by_one(model, examples)
+    expected.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    found = policy.response_logps(model, make_batch(examples)).logps
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    found.square().sum().backward()
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            assert_equal_gradient(p.grad, gradients[n])
+    with model.disable_adapter(), torch.no_grad():
+        off = policy.response_logps(model, make_batch(examples)).logps
+    assert (off - found).abs().max() > 0.1
+
+
 def test_heads_that_cannot_be_read_are_refused() -> None:
     batch = make_batch(rows())
     with pytest.raises(TypeError, match="DoRA"):

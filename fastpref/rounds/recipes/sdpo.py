@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastpref.rounds.evaluation import Evaluator
-from fastpref.rounds.examples import load_dataset, read_examples
+from fastpref.rounds.examples import by_name, load_dataset, read_examples
 from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.recipe import Recipe
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
@@ -106,28 +106,11 @@ class SDPO(Recipe):
         return chunks, held_out
 
     def _sources(self) -> list[Chunk]:
-        if isinstance(self.dataset, Mapping):
-            named = [(str(k), list(load_dataset(v))) for k, v in self.dataset.items()]
+        if self.stages == "fractions" and not isinstance(self.dataset, Mapping):
+            parts = cut(list(load_dataset(self.dataset)), self.fractions, self.seed)
+            named = [(str(number), rows) for number, rows in enumerate(parts, 1)]
         else:
-            rows = list(load_dataset(self.dataset))
-            if self.stages == "fractions":
-                named = list(
-                    zip(
-                        map(str, range(1, len(self.fractions) + 1)),
-                        cut(rows, self.fractions, self.seed),
-                        strict=True,
-                    )
-                )
-            else:
-                by_source: dict[str, list[Row]] = {}
-                for row in rows:
-                    if self.source_column not in row:
-                        raise ValueError(
-                            f"stages={self.stages!r} needs a dataset for each source, or a column "
-                            f"{self.source_column!r}; found {', '.join(row)}"
-                        )
-                    by_source.setdefault(str(row[self.source_column]), []).append(row)
-                named = list(by_source.items())
+            named = list(by_name(self.dataset, self.source_column).items())
         # A stage's reference is the model before it; numbers stored with the data are another's.
         return [
             (name, [{k: v for k, v in row.items() if k not in STORED} for row in rows])

@@ -1,0 +1,189 @@
+"""Each kind of scorer against its model's own numbers, one response at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+from fastpref import rounds
+from fastpref.rounds.reward_models import reward_text
+from fastpref.rounds.run import Run, given_rows, read_jsonl
+
+TEXTS = [["w1 w2", "w3", "w1 w2", "w4 w5 w6 w7 w8"], ["w9 w3 w3", "w10"]]
+
+
+def groups(tokenizer: Any) -> Any:
+    return given_rows(
+        [
+            {
+                "id": number,
+                "prompt": prompt,
+                "prompt_ids": tokenizer(prompt)["input_ids"],
+                "responses": [
+                    {"text": text, "ids": tokenizer(text)["input_ids"], "finished": True}
+                    for text in own
+                ],
+            }
+            for number, (prompt, own) in enumerate(zip(["w0 w1 ", "w2 "], TEXTS))
+        ]
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path, make: Any) -> Run:
+    return Run(tmp_path / "run", tokenizer=make.tokenizer(), batch_size=4)
+
+
+def save_classifier(folder: Path, make: Any, outputs: int = 1, head: float = 1.0) -> str:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        **{**make.model().config.to_dict(), "num_labels": outputs, "id2label": None}
+    )
+    model = LlamaForSequenceClassification(config)
+    model.score.weight.data *= head
+    model.save_pretrained(folder)
+    make.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def own_output(folder: str, tokenizer: Any, text: str) -> float:
+    """The classifier's output for one text alone, in float64."""
+    model = LlamaForSequenceClassification.from_pretrained(folder).double().eval()
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    return float(model(ids).logits.detach().double())
+
+
+def test_a_reward_model_scores_as_its_own_output(run: Run, make: Any, tmp_path: Path) -> None:
+    folder, tokenizer = save_classifier(tmp_path / "reward", make), make.tokenizer()
+    scorer = rounds.make_scorer({"kind": "reward_model", "model": folder})
+    found = scorer.score(run, "scores", groups(tokenizer))
+    for row, prompt, own in zip(found, ["w0 w1 ", "w2 "], TEXTS):
+        expected = [own_output(folder, tokenizer, prompt + text) for text in own]
+        assert row["scores"] == pytest.approx(expected, abs=1e-5)
+    assert len({value for row in found for value in row["scores"]}) == 5
+
+
+def test_a_reward_model_reads_messages_by_its_chat_template(make: Any) -> None:
+    tokenizer = make.tokenizer()
+    said = [{"role": "user", "content": "w1"}]
+    assert reward_text(tokenizer, said, " w2") == "w1 w2"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    assert reward_text(tokenizer, said, "w2") == "<user>w1;<assistant>w2;"
+    assert reward_text(tokenizer, "w1 ", "w2") == "w1 w2"
+
+
+@pytest.mark.parametrize(
+    ("given", "head", "message"),
+    [
+        ({}, float("nan"), "score nan to prompt .*load it in bf16 or fp32"),
+        ({"max_length": 3}, 1.0, "have 7 tokens, the model reads 3: lower sampling.max_new_tokens"),
+    ],
+)
+def test_a_reward_model_that_cannot_score_says_why(
+    run: Run, make: Any, tmp_path: Path, given: dict[str, Any], head: float, message: str
+) -> None:
+    folder = save_classifier(tmp_path / "reward", make, head=head)
+    scorer = rounds.RewardModel(folder, **given)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        scorer.score(run, "scores", groups(make.tokenizer()))
+
+
+def test_a_model_of_two_outputs_is_no_reward_model(run: Run, make: Any, tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "two", make, outputs=2)
+    with pytest.raises(ValueError, match="has 2 outputs; a reward model has one"):
+        rounds.RewardModel(folder).score(run, "scores", groups(make.tokenizer()))
+
+
+def first_or_longer(prompt: str, first: str, second: str) -> float:
+    """Likes the first place by 0.2, and a longer response."""
+    return 0.6 + 0.3 * ((len(first) > len(second)) - (len(first) < len(second)))
+
+
+def test_a_ranker_asks_in_both_orders_so_that_no_place_wins(run: Run, make: Any) -> None:
+    scorer = rounds.make_scorer({"kind": "ranker", "function": first_or_longer})
+    found = scorer.score(run, "scores", groups(make.tokenizer())).rows
+    # Worked out: longer beats shorter with (0.9 + 1 - 0.3) / 2 = 0.8; equal texts are shown once.
+    assert found[0]["scores"] == pytest.approx([0.5, 0.2, 0.5, 0.8])
+    assert found[1]["scores"] == pytest.approx([0.8, 0.2])
+
+
+def test_a_ranking_model_reads_both_responses(run: Run, make: Any, tmp_path: Path) -> None:
+    folder, tokenizer = save_classifier(tmp_path / "ranker", make), make.tokenizer()
+    template = "{prompt} w11 {first} w11 {second}"
+    scorer = rounds.Ranker(model=folder, template=template)
+    (_, row) = scorer.score(run, "scores", groups(tokenizer)).rows
+    a, b = TEXTS[1]
+    odds = [
+        own_output(folder, tokenizer, template.format(prompt="w2 ", first=x, second=y))
+        for x, y in ((a, b), (b, a))
+    ]
+    p, q = torch.tensor(odds).sigmoid().tolist()
+    assert row["scores"] == pytest.approx([(p + 1 - q) / 2, (q + 1 - p) / 2], abs=1e-5)
+    with pytest.raises(ValueError, match="a function or a model, and not both"):
+        rounds.Ranker(function=first_or_longer, model=folder)
+
+
+def test_the_implicit_reward_is_the_log_ratio_of_both_policies(
+    run: Run, make: Any, policy: str, other_policy: str
+) -> None:
+    given = {"kind": "implicit", "policy": policy, "reference": other_policy, "beta": 0.3}
+    asked = groups(make.tokenizer())
+    found = rounds.make_scorer(given).score(run, "scores", asked)
+
+    def log_likelihood(folder: str, prompt: list[int], response: list[int]) -> float:
+        model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+        logps = model(torch.tensor([prompt + response])).logits[0].detach().log_softmax(-1)
+        return float(sum(logps[len(prompt) - 1 + i, t] for i, t in enumerate(response)))
+
+    for row, scores in zip(asked, found):
+        for response, score in zip(row["responses"], scores["scores"]):
+            new, old = (
+                log_likelihood(p, row["prompt_ids"], response["ids"])
+                for p in (policy, other_policy)
+            )
+            assert score == pytest.approx(0.3 * (new - old), abs=1e-5)
+
+
+def test_a_weighted_sum_adds_up_and_other_weights_score_nothing_anew(run: Run, make: Any) -> None:
+    calls: list[str] = []
+
+    def count(prompt: str, response: str) -> float:
+        calls.append(response)
+        return float(response.count("w3"))
+
+    def parts(weight: float) -> list[dict[str, Any]]:
+        return [
+            {"kind": "function", "function": count, "weight": weight},
+            {"kind": "length", "unit": "characters", "per_unit": -1.0},
+        ]
+
+    asked = groups(make.tokenizer())
+    found = rounds.make_scorer(parts(10.0)).score(run, "scores", asked)
+    assert [row["scores"] for row in found] == [[-5, 8, -5, -14], [12, -3]]
+    assert sorted(calls) == sorted({text for own in TEXTS for text in own})
+    run.redo = True
+    again = rounds.make_scorer(parts(1.0)).score(run, "scores", asked)
+    assert [row["scores"] for row in again] == [[-5, -1, -5, -14], [-6, -3]]
+    assert len(calls) == 5
+    assert len(read_jsonl(run.folder / "scores" / "part-1" / "rows.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"kind": "judge"}, ValueError, "kind must be one of function, length, reward_model"),
+        ({"kind": "length", "units": 1}, ValueError, "no option 'units'; it has"),
+        ({"kind": "reward_model"}, ValueError, "missing 1 required .*'model'"),
+        ("no_such_module:f", ValueError, "names no function .*write 'module:name'"),
+        (3, TypeError, "expected a function, 'module:name', or kind and options, got 3"),
+    ],
+)
+def test_a_scorer_that_is_none_is_told_in_words(
+    run: Run, make: Any, given: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rounds.make_scorer(given).score(run, "scores", groups(make.tokenizer()))
