@@ -2,12 +2,14 @@
 #   VENV=dir           the virtual environment (default .venv); a relative path without spaces
 #   PYTHON=python3.12  the interpreter it is made from (default python3)
 #   CONSTRAINTS=file   the pinned versions (default constraints.txt; /dev/null for your own)
+#   WORKERS=2          processes that run the tests (default: one a core, at most 4)
 #   ARGS="..."         passed on to `fastpref demo` or to pytest
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+WORKERS ?= logical --maxprocesses 4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,7 +27,8 @@ demo: $(VENV)/.installed-demo  ## preference-tune a small real model here, from 
 	@$(BIN)/python -m fastpref demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## the tests, with everything they need
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+	  --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style, formatting (Python, C++, CUDA) and types
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from fastpref.provenance import commit, device_name, versions
 STEPS = 2
 LLAMA = "random Llama, 4 layers, H=576, V=49,152, tied"
 SMALLEST = "random Llama, 1 layer, H=64, V=49,152, tied"
-QWEN = "random Qwen2, 8 layers, H=384, V=49,152, untied"
+UNTIED = "random Llama, 8 layers, H=384, V=49,152, untied"
 SHORT, LONG = (160, 160), (1024, 128)
 CONFIGURATIONS: dict[str, tuple[str, tuple[int, int], int, str]] = {
     "almost no model: the process": (SMALLEST, (64, 64), 1, "--loss simpo"),
@@ -47,14 +47,14 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[int, int], int, str]] = {
         "--gradient_checkpointing true --precompute_ref_log_probs true --ref_cache_dir none",
     ),
     "SimPO, untied, Adafactor, two micro-batches": (
-        *(QWEN, (300, 200), 2),
+        *(UNTIED, (300, 200), 2),
         "--gradient_checkpointing false --loss simpo --optim adafactor "
         "--gradient_accumulation_steps 2",
     ),
     "LoRA on every layer, prompts not shared, budget 0": (
         *(LLAMA, (500, 100), 2),
-        "--gradient_checkpointing true --use_peft true --lora_target_modules all-linear "
-        "--prefix_sharing false --head_memory_budget 0",
+        "--gradient_checkpointing true --use_peft true --lora_target_modules q_proj k_proj v_proj "
+        "o_proj gate_proj up_proj down_proj --prefix_sharing false --head_memory_budget 0",
     ),
     "KTO, checkpointing": (
         *(LLAMA, (200, 300), 4),
@@ -67,26 +67,18 @@ FOUND_ON = tuple(CONFIGURATIONS)[:4]
 
 def make_models(folder: Path) -> dict[str, Path]:
     """The models by name, each with the tokenizer of as many words as its head has rows."""
-    paths = {LLAMA: folder / "llama", QWEN: folder / "qwen", SMALLEST: folder / "smallest"}
+    paths = {LLAMA: folder / "llama", UNTIED: folder / "untied", SMALLEST: folder / "smallest"}
     step.make_model(paths[LLAMA])
     tokenizer = transformers.AutoTokenizer.from_pretrained(paths[LLAMA])
     known = transformers.AutoConfig.from_pretrained(paths[LLAMA]).to_dict()
-    sizes = {"vocab_size": step.VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     smallest = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    untied = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+    few = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    more = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     torch.manual_seed(0)
     made = {
-        SMALLEST: transformers.LlamaConfig(**known | smallest | heads),
-        QWEN: transformers.Qwen2Config(
-            **sizes,
-            hidden_size=384,
-            intermediate_size=1024,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            max_position_embeddings=8192,
-            tie_word_embeddings=False,
-        ),
+        SMALLEST: transformers.LlamaConfig(**known | smallest | few),
+        UNTIED: transformers.LlamaConfig(**known | untied | more | {"tie_word_embeddings": False}),
     }
     for name, config in made.items():
         tokenizer.save_pretrained(paths[name])

@@ -150,12 +150,18 @@ FASTPREF_INLINE c logit(c x, c bias, c scale, c softcap, c inverse_softcap) {
   return kCapped ? softcap * tanh_exact(z * inverse_softcap) : z;
 }
 
-// dz/d(uncapped z) = 1 - (z / softcap)^2, as a product of differences that are exact where they are
-// small: at the cap it is 0.
+// dz/d(uncapped z) = 1 - (z / softcap)^2, as a product of differences, on a CPU such as are exact
+// where they are small: at the cap the slope is 0. On a GPU softcap would be one more number for
+// each thread of the sweep to hold.
 template <class c>
 FASTPREF_INLINE c cap_slope(c z, c softcap) {
   const c inverse = c(1) / softcap;  // out of the caller's loop
+#if defined(__CUDA_ARCH__)
+  const c t = z * inverse;
+  return (c(1) - t) * (c(1) + t);
+#else
   return ((softcap - z) * inverse) * ((softcap + z) * inverse);
+#endif
 }
 
 // The same from z before the cap: 1 / cosh^2, without cancellation, for another exponential.

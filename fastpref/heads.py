@@ -119,13 +119,18 @@ def read_head(module: Any, hidden: Tensor) -> Head:
             f"model: the output embedding is quantised ({weight.dtype}). Keep it in floating "
             "point, for instance by llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig."
         )
-    if weight.dim() < 2 and hasattr(weight, "ds_id"):
+    return Head(hidden, _whole(weight), getattr(module, "bias", None))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight, which must be here: ZeRO-3 gathers one for its own module's forward alone."""
+    if weight.dim() < 2:
         raise TypeError(
-            "model: DeepSpeed ZeRO-3 has divided the output embedding and gathers it for a forward "
-            "of its own, which it has not under an adapter. Take the head out of the adapter, or "
-            "use ZeRO-2 or FSDP2."
+            "model: DeepSpeed ZeRO-3 has divided the output embedding, and under an adapter its "
+            "parts are not gathered together. Take the head out of the adapter, or use ZeRO-2 or "
+            "FSDP2."
         )
-    return Head(hidden, weight, getattr(module, "bias", None))
+    return weight
 
 
 def _read_lora(module: Any, hidden: Tensor) -> Head:
@@ -147,7 +152,8 @@ def _read_lora(module: Any, hidden: Tensor) -> Head:
             (module.scaling[name] * nn.functional.linear(x, down)).to(hidden.dtype)
         )
         weight_columns.append(up.to(base.weight.dtype))
-    return Head(torch.cat(hidden_columns, -1), torch.cat(weight_columns, -1), base.bias)
+    weight = torch.cat([_whole(columns) for columns in weight_columns], -1)
+    return Head(torch.cat(hidden_columns, -1), weight, base.bias)
 
 
 def logit_transform(model: nn.Module) -> LogitTransform:

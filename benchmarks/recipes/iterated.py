@@ -132,7 +132,7 @@ def spo(seed: int) -> Numbers:
     return found
 
 
-BUDGETS = (32, 64, 128)
+BUDGETS = (32, 64)
 RULES = ("random", "entropy", "certainty", "hybrid")
 
 

@@ -180,6 +180,12 @@ class Recipe:
 
     # What recipes share
 
+    def _options(self, cls: type[Options], name: str) -> Options:
+        """An option that holds options: what a mapping leaves out is as the recipe has it."""
+        own = {f.name: f.default_factory for f in fields(self)}[name]
+        assert own is not MISSING
+        return as_options(cls, getattr(self, name), name, own())
+
     def made_policy(self, name: str, policy: Policy) -> Policy:
         """Note a policy under its name, and return it."""
         self._policies[name] = policy
@@ -266,8 +272,8 @@ class Sampled(Recipe):
     def __post_init__(self) -> None:
         """See the class."""
         super().__post_init__()
-        self._sampling = as_options(Sampling, self.sampling, "sampling")
-        self._filter = as_options(Filter, self.filter, "filter")
+        self._sampling = self._options(Sampling, "sampling")
+        self._filter = self._options(Filter, "filter")
         limit = self.training.get("max_length", PreferenceConfig.max_length)
         longest = (self.max_prompt_tokens or 0) + self._sampling.max_new_tokens
         if limit is not None and longest > limit:
@@ -320,10 +326,10 @@ def build(cls: type[Options], options: Mapping[str, Any], name: str) -> Options:
     return cls(**options)
 
 
-def as_options(cls: type[Options], given: Any, name: str) -> Options:
-    """``given`` as it is, or a mapping as the dataclass it is meant for."""
+def as_options(cls: type[Options], given: Any, name: str, default: Options) -> Options:
+    """``given`` as it is; or a mapping, in the place of some of the ``default``'s options."""
     if isinstance(given, cls):
         return given
     if not isinstance(given, Mapping):
         raise TypeError(f"{name}: expected {cls.__name__} or its options, got {given!r}")
-    return build(cls, given, name)
+    return build(cls, {**vars(default), **given}, name)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fastpref import PreferenceConfig, PreferenceTrainer, rounds
 from fastpref.rounds.command import main, read_config
-from fastpref.rounds.recipes.sdpo import cut
+from fastpref.rounds.recipes.sdpo import cut, hold_out
 from fastpref.rounds.run import read_jsonl, seed_of
 
 Options = Callable[..., dict[str, Any]]
@@ -98,6 +98,23 @@ def test_one_stage_of_sdpo_is_dpo(options: Options, make: Any, tmp_path: Path) -
     assert all(torch.equal(own[name], value) for name, value in found.items())
 
 
+def test_a_prompt_held_out_of_one_stage_is_out_of_all() -> None:
+    def rows(source: str) -> list[dict[str, str]]:
+        return [{"prompt": f"p{i}", "chosen": source, "rejected": "b"} for i in range(6)]
+
+    left, out = hold_out([("a", rows("a")), ("b", rows("b"))], 3, seed=1)
+    prompts = {row["prompt"] for row in out}
+    assert len(out) == 3
+    assert not prompts & {row["prompt"] for _, own in left for row in own}
+    assert [len(own) for _, own in left] == [6 - len(prompts)] * 2
+    # where prompt and response are one conversation, what they share is the prompt
+    turns = [{"role": "user", "content": "p0"}]
+    said = [[*turns, {"role": "assistant", "content": text}] for text in "ab"]
+    implicit = {"chosen": said[0], "rejected": said[1]}
+    (kept, _), held = hold_out([("a", [implicit] * 2 + rows("a")), ("b", rows("b"))], 1, seed=4)
+    assert all(row not in held for row in kept[1])
+
+
 def test_dice_closes_the_gap_and_mixes_as_asked(
     options: Options, make: Any, other_policy: str
 ) -> None:
@@ -106,7 +123,7 @@ def test_dice_closes_the_gap_and_mixes_as_asked(
             dataset=make.pairs(12),
             initial_reference=other_policy,
             sampling=SAMPLING,
-            filter={"unfinished": True},
+            filter={"unfinished": True, "min_responses": 2},
             rounds=1,
             held_out=0,
         )
@@ -117,6 +134,21 @@ def test_dice_closes_the_gap_and_mixes_as_asked(
     assert abs(gap) <= abs(without)
     assert report["pairs"]["gap_characters"] == pytest.approx(gap, abs=2.0)
     assert report["pairs"]["trained_on"] == 12
+
+
+def test_options_that_are_left_out_are_the_recipes_own(
+    options: Options, make: Any, other_policy: str
+) -> None:
+    made = rounds.DICE(
+        **options(
+            dataset=make.pairs(12),
+            initial_reference=other_policy,
+            sampling={"max_new_tokens": 6},
+            filter={"min_responses": 2},
+        )
+    )
+    assert made._sampling == rounds.Sampling(n=16, temperature=0.9, max_new_tokens=6)
+    assert made._filter == rounds.Filter(min_characters=4, max_characters=6699, min_responses=2)
 
 
 def test_selm_ranks_three_and_explores_with_the_third(options: Options, make: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from fastpref import losses
 from fastpref.objective import FROM_REFERENCE
 from fastpref.rounds.pairs import made, reasons
-from fastpref.rounds.recipe import Recipe, as_options
+from fastpref.rounds.recipe import Recipe
 from fastpref.rounds.run import Policy, Row, Rows, Run
 from fastpref.rounds.sampling import Sampling
 from fastpref.rounds.self_play import STATE, UNUSABLE, SelfPlay, SelfPlayTrainer
@@ -65,7 +65,7 @@ class SAPO(Recipe):
             if self.training.get(name):
                 raise ValueError(f"training.{name} cannot be set: {why}")
         self._self_play = SelfPlay(
-            sampling=as_options(Sampling, self.sampling, "sampling"),
+            sampling=self._options(Sampling, "sampling"),
             ema_decay=self.ema_decay,
             buffer_capacity=self.buffer_capacity,
             ref_update_every=self.ref_update_every,

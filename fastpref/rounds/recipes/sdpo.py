@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fastpref.data.formats import extract_prompt
 from fastpref.rounds.evaluation import Evaluator
 from fastpref.rounds.examples import by_name, load_dataset, read_examples
 from fastpref.rounds.policies import log_likelihoods
@@ -163,17 +164,19 @@ def cut(rows: Sequence[Row], fractions: Sequence[float], seed: int) -> list[list
 
 
 def hold_out(chunks: Sequence[Chunk], count: int, seed: int) -> tuple[list[Chunk], list[Row]]:
-    """The stages without ``count`` rows drawn from all of them, and those rows.
+    """The stages without the prompts of ``count`` rows drawn from all of them, and those rows.
 
     Raises:
         ValueError: a stage would be left empty.
     """
-    places = [(c, r) for c, (_, rows) in enumerate(chunks) for r in range(len(rows))]
-    kept = set(random.Random(seed).sample(places, min(count, len(places))))
-    left = [
-        (name, [row for r, row in enumerate(rows) if (c, r) not in kept])
-        for c, (name, rows) in enumerate(chunks)
-    ]
-    if not all(rows for _, rows in left):
+    rows = [row for _, own in chunks for row in own]
+    held_out = random.Random(seed).sample(rows, min(count, len(rows)))
+    prompts = {_prompt(row) for row in held_out}
+    left = [(name, [row for row in own if _prompt(row) not in prompts]) for name, own in chunks]
+    if not all(own for _, own in left):
         raise ValueError(f"held_out={count} leaves a stage without pairs: lower it")
-    return left, [chunks[c][1][r] for c, r in sorted(kept)]
+    return left, held_out
+
+
+def _prompt(row: Row) -> str:
+    return repr((row if "prompt" in row else extract_prompt(row))["prompt"])
