@@ -256,7 +256,7 @@ def count_step(
             loss = logps.sum()
             del hidden, head, logps, seen
             ledger.in_backward = True
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             ledger.in_backward = False
             del loss
         ledger.assign(GRADIENTS, [p.grad for p in weights if p.grad is not None])

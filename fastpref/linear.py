@@ -25,10 +25,11 @@ from fastpref.parallel import Shard
 from fastpref.schedule import Plan, plan
 from fastpref.scratch import Arena, lend, nbytes, scratch
 
-
 # A product this narrow is summed term by term by some CPU libraries (MKL on AMD): the error grows
 # with the root of the number of terms. So it is made of short sums.
 NARROW_ROWS, NARROW_COLUMNS, SHORT_SUM = 4, 12, 256
+
+
 class Problem(NamedTuple):
     """What both passes need to know besides the tensors."""
 

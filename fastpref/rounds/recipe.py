@@ -182,9 +182,8 @@ class Recipe:
 
     def _options(self, cls: type[Options], name: str) -> Options:
         """An option that holds options: what a mapping leaves out is as the recipe has it."""
-        own = {f.name: f.default_factory for f in fields(self)}[name]
-        assert own is not MISSING
-        return as_options(cls, getattr(self, name), name, own())
+        default: Any = {f.name: f.default_factory for f in fields(self)}[name]
+        return as_options(cls, getattr(self, name), name, default())
 
     def made_policy(self, name: str, policy: Policy) -> Policy:
         """Note a policy under its name, and return it."""
