@@ -182,8 +182,9 @@ class Recipe:
 
     def _options(self, cls: type[Options], name: str) -> Options:
         """An option that holds options: what a mapping leaves out is as the recipe has it."""
-        default: Any = {f.name: f.default_factory for f in fields(self)}[name]
-        return as_options(cls, getattr(self, name), name, default())
+        factory: Any = {f.name: f.default_factory for f in fields(self)}[name]
+        default: Options = factory()
+        return as_options(cls, getattr(self, name), name, default)
 
     def made_policy(self, name: str, policy: Policy) -> Policy:
         """Note a policy under its name, and return it."""
