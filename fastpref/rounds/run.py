@@ -163,6 +163,7 @@ class Run:
 
         Raises:
             ChangedError: the stage was made from other inputs, and ``redo`` is false.
+            ValueError: other stages lie in a folder of this name.
         """
         final = self.folder / name
         staging = final.with_name(final.name + ".partial")
@@ -171,6 +172,8 @@ class Run:
             made = _json(place / INPUTS)
             if made is not None and made != wanted:
                 self._replace(name, place, made, wanted)
+            elif made is None and any(place.glob(f"*/**/{INPUTS}")):
+                raise ValueError(f"{place} holds other stages: name this one, or those, otherwise")
             elif made is None and place.exists():
                 shutil.rmtree(place)  # killed before it had begun
         if final.exists():

@@ -18,6 +18,7 @@ from fastpref.rounds.acquire import entropy, keep, uncertainty
 from fastpref.rounds.pairs import best_worst, length_debias
 from fastpref.rounds.policies import response_sums
 from fastpref.rounds.replay import ReplayBuffer, replay_counts, replay_mix
+from fastpref.rounds.run import Run
 from fastpref.rounds.winrate import length_controlled, win_rate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "losses" / "golden.json").read_text())
@@ -105,6 +106,14 @@ def test_likelihoods_are_those_of_the_models_own_logits(make: Any) -> None:
             logps = model(ids).logits[0].double().log_softmax(-1)
             own = sum(logps[len(prompt) - 1 + i, token] for i, token in enumerate(answer))
             assert value == pytest.approx(float(own), abs=1e-4)
+
+
+def test_a_stage_never_takes_the_folder_of_others(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    inner = run.table("round-1/scores/policy", {}, lambda: [{"id": 0}])
+    with pytest.raises(ValueError, match="scores holds other stages"):
+        run.table("round-1/scores", {}, lambda: [{"id": 1}])
+    assert run.table("round-1/scores/policy", {}, lambda: []).rows == inner.rows
 
 
 def test_length_control_finds_the_win_rate_of_equal_lengths() -> None:
