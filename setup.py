@@ -15,33 +15,33 @@ from pathlib import Path
 from setuptools import setup
 
 CPU = ["module", "cpu/rows", "cpu/sweep", "cpu/combine", "cpu/segments"]
-CUDA = ["sweep", "combine", "rows", "segments"]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+CUDA, NVCC = ["sweep", "combine", "rows", "segments"], ["-O3", "--expt-relaxed-constexpr"]
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: the binary loads there and later
 LOG = Path("build/fastpref-build.log").absolute()
+REMEDY = "pip install ninja pybind11 setuptools wheel && FASTPREF_FORCE_BUILD=1 "
+REMEDY += "pip install -v --no-build-isolation --no-deps ."
 
 
-def without_kernels(why: str, error: Exception | None = None) -> None:
+def without_kernels(why: str, error: Exception | None = None) -> dict:
     """Say what will be missing, or fail where that was asked for."""
     if error and os.environ.get("FASTPREF_FORCE_BUILD") == "1":
         raise error
-    remedy = "pip install -v --no-build-isolation --no-deps ."
     print(f"fastpref: installing without native kernels: {why}", file=sys.stderr)
-    print(f"fastpref: to build them: FASTPREF_FORCE_BUILD=1 {remedy}", file=sys.stderr, flush=True)
+    print(f"fastpref: to build them: {REMEDY}", file=sys.stderr, flush=True)
+    return {}
 
 
 def native_module() -> dict:
     """The arguments of ``setup`` that build ``fastpref._C``; none where that is not possible."""
     if os.environ.get("FASTPREF_NO_CPP") == "1":
-        without_kernels("FASTPREF_NO_CPP=1")
-        return {}
+        return without_kernels("FASTPREF_NO_CPP=1")
     try:
         import pybind11
         import torch
         from torch.utils import cpp_extension as ext
     except ImportError as error:
-        without_kernels(f"{error} (an isolated build does not see your torch)", error)
-        return {}
+        hint = " (an isolated build does not see your torch)" if error.name == "torch" else ""
+        return without_kernels(f"{error}{hint}", error)
 
     class Build(ext.BuildExtension):
         def build_extensions(self) -> None:
@@ -54,7 +54,8 @@ def native_module() -> dict:
             except Exception as error:
                 os.dup2(streams[1], 2)
                 LOG.write_text(f"{LOG.read_text()}{error}\n")
-                without_kernels(f"{error}; the compiler's output is in {LOG}", error)
+                hint = "; FASTPREF_CUDA=0 builds the CPU part alone" if cuda else ""
+                without_kernels(f"{error}; the compiler's output is in {LOG}{hint}", error)
                 self.extensions = []
             finally:
                 os.dup2(streams[0], 1), os.dup2(streams[1], 2)
@@ -66,9 +67,8 @@ def native_module() -> dict:
         found = f"torch {torch.__version__}, CUDA toolkit {ext.CUDA_HOME or 'not found'}"
         sys.exit(f"fastpref: FASTPREF_CUDA=1 needs a CUDA build of torch and nvcc; found {found}")
     target = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"] + (["-DUSE_CUDA"] if cuda else [])
-    # without -fno-math-errno and -fno-trapping-math the exp loops stay scalar
     flags = "-O3 -Wall -Wextra -fvisibility=hidden -ffp-contract=fast".split()
-    flags += ["-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fno-math-errno", "-fno-trapping-math"]  # else the exp loops stay scalar
     facts = {
         "FLAGS": " ".join(flags),
         "TORCH_TARGET": TORCH_TARGET,
@@ -82,7 +82,7 @@ def native_module() -> dict:
         [f"csrc/{name}.cpp" for name in CPU] + [f"csrc/cuda/{name}.cu" for name in CUDA if cuda],
         include_dirs=[pybind11.get_include()],
         define_macros=[(f"FASTPREF_{name}", f'"{fact}"') for name, fact in facts.items()],
-        extra_compile_args={"cxx": target + flags, "nvcc": target + NVCC_FLAGS},
+        extra_compile_args={"cxx": target + flags, "nvcc": target + NVCC},
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shlex
 import statistics
 import sys
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.bench import append
+from fastpref.metrics import peak_memory
 from fastpref.provenance import commit, device_name, versions
 
 
@@ -192,8 +192,7 @@ def work(name: str, asked: argparse.Namespace, model: str, pipe: Connection) -> 
         began = time.perf_counter()
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    unit = 1 if sys.platform == "darwin" else 1024
-    pipe.send((losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))
+    pipe.send((losses, peak_memory(torch.device("cpu"))))
 
 
 def race(asked: argparse.Namespace, model: str) -> dict[str, dict[str, Any]]:

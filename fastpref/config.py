@@ -132,7 +132,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         True, "Lay several sequences in a row. Models that cannot are found by the self-check."
     )
     max_tokens_per_batch: int | None = _option(
-        None, "Longest packed row, in tokens. None: max_length."
+        None, "Most tokens of a packed row; a longer pair has its own. None: what costs least."
     )
 
     # the loss
@@ -342,8 +342,6 @@ class CPOConfig(PreferenceConfig):
                 f"loss_type={unknown[0]!r}: CPOConfig has {', '.join(_CPO_LOSSES)}; for other "
                 "losses without a reference use PreferenceConfig"
             )
-        if self.alpha and not {"sigmoid", "cpo", "simpo", "alphapo"}.issuperset(names):
-            raise ValueError(f"alpha (AlphaPO) has no {' or '.join(names)} form: set alpha=0")
         if {"hinge", "ipo"}.intersection(names):
             # These two take no likelihood term themselves, and their reference is none.
             if len(names) > 1 or self.loss_weights is not None:
@@ -354,9 +352,13 @@ class CPOConfig(PreferenceConfig):
             self.reference_free = True
             if self.cpo_alpha:
                 names, self.loss_weights = [*names, "sft"], [1.0, self.cpo_alpha]
-        names = ["alphapo" if self.alpha else _CPO_LOSSES.get(name, name) for name in names]
-        if self.alpha and self.cpo_alpha not in (0.0, 1.0):
-            raise ValueError("alpha (AlphaPO) has no likelihood term: set cpo_alpha=0")
+        names = [_CPO_LOSSES.get(name, name) for name in names]
+        if self.alpha and names != ["alphapo"]:
+            raise ValueError(
+                f"alpha is the shape of AlphaPO's reward, and loss_type is {names}: set "
+                "loss_type='alphapo', or alpha=0 (TRL shapes the sums of 'sigmoid', and keeps the "
+                "likelihood term of both)"
+            )
         self.loss_type = list(dict.fromkeys(names))
         super().__post_init__()
 

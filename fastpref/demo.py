@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastpref.cli import command
 
-STEPS, RATE = 27, 1e-5  # 27 x 4 pairs: each training pair once
+STEPS, RATE = 27, 1e-5  # 27 x 4 pairs: no training pair twice
 HELD_OUT = 40
 BATCH = 4
 PROMPT_TOKENS, RESPONSE_TOKENS = 192, 160
@@ -169,6 +169,7 @@ def tune(
     from datasets import Dataset
 
     from fastpref import PreferenceConfig, PreferenceTrainer, backends
+    from fastpref.disk import write_text
     from fastpref.metrics import peak_memory
     from fastpref.provenance import commit, device_name, versions
     from fastpref.recorder import claim, draw_run, record, resolved
@@ -203,7 +204,7 @@ def tune(
     device = trainer.args.device
     logged = [row for row in trainer.state.log_history if "loss" in row]
     summary: dict[str, Any] = {
-        "pairs": {"train": len(train), "held_out": len(held_out)},
+        "pairs": {"train": min(len(train), steps * BATCH), "held_out": len(held_out)},
         "steps": steps,
         "loss": {
             "first": logged[0]["loss"],
@@ -225,7 +226,7 @@ def tune(
     summary["after"] = _measure(trainer)
     # Measured last, on the start weights loaded anew, so that training begins at once.
     summary["before"] = _measure(trainer_of(make_model(), eval_dataset=held_out))
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     measured = [
         {"step": step, **{f"eval_{key}": value["mean"] for key, value in summary[when].items()}}
         for step, when in ((0, "before"), (steps, "after"))

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "FASTPREF_NO_CPP": "at build: 1 compiles nothing",
     "FASTPREF_FORCE_BUILD": "at build: 1 makes a failed compilation fail the installation",
 }
-"""Every environment variable the project reads; the README lists the same."""
+"""Every environment variable of its own that the project reads; the README lists the same."""
 
 TRAIN = ("transformers", "accelerate", "datasets", "peft", "rich", "matplotlib")
 PACKAGES = ("torch", "triton", *TRAIN, "gguf", "trl", "numpy")

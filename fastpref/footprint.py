@@ -26,8 +26,10 @@ from fastpref.data.masks import to_attention_mask
 from fastpref.heads import causal_lm, output_embedding, read_head
 from fastpref.linear import Saved
 from fastpref.ops import linear_logprobs
-from fastpref.scratch import MAPPED
 
+MAPPED = 32 << 20
+"""Bytes from which on glibc's malloc gives freed blocks back to the system, once it has run for a
+while; smaller ones stay in its heap."""
 ACTIVATIONS, GRADIENTS, HEAD = "activations", "gradients", "head"
 MASK, OPTIMISER = "attention mask", "optimiser"
 
@@ -186,7 +188,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         A GPU's allocator gives every block to whoever asks next. On a CPU there are pools that
         keep what they have had: the slabs of :mod:`fastpref.scratch`, those for E and those for
-        gradients, and the heap of malloc, which holds the blocks below :data:`MAPPED`.
+        gradients, and malloc's heap, which holds the blocks below :data:`MAPPED`; its holes are not
+        counted.
         """
         pools: dict[str, list[tuple[_Block, int]]] = {}
         for block, size in self.events:

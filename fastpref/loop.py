@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastpref import checkpoint, scratch, selfcheck
+from fastpref import checkpoint, selfcheck
 from fastpref.data.formats import response_names
 from fastpref.metrics import Meter
 from fastpref.reference_policy import Frozen
@@ -28,6 +28,12 @@ class _Snapshot(NamedTuple):
     loss: Tensor
     meter: Meter
     states: Mapping[str, Any]
+
+
+def whole(x: Any) -> Tensor:
+    """Whether all numbers are finite, of this rank's part."""
+    local: Tensor = x.to_local() if hasattr(x, "to_local") else torch.as_tensor(x)
+    return local.isfinite().all()
 
 
 class Loop(TrainerCallback):  # type: ignore[misc]
@@ -49,8 +55,6 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         """Checkpoint that the run goes on from."""
         self._window: list[tuple[Tensor, Tensor]] = []
         self._before: _Snapshot | None = None
-        if trainer.args.device.type == "cpu":
-            scratch.map_large_blocks()
 
     def note(self, example_ids: Tensor, losses: Tensor) -> None:
         """Remember a micro-batch of this optimiser step."""
@@ -108,6 +112,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         """Before the weights change: is every loss finite, and does anyone want to stop?"""
         trainer = self.trainer
         finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).all()
+        if trainer.grad_norm is not None and not args.fp16:  # a scaler skips such steps itself
+            finite = finite & whole(trainer.grad_norm).to(finite.device)
         asked = torch.full_like(finite, self.interrupt.asked)
         flags = trainer.ranks.sum(torch.stack([~finite, asked]).double()).tolist()
         if flags[0]:
@@ -122,14 +128,21 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         ids = [i[~losses.isfinite()].tolist() for i, losses in self._window]
         found = trainer.ranks.objects([(rank, [i for part in ids for i in part])])
         where = "; ".join(f"rank {r}: examples {sorted(set(i))}" for r, i in found if i)
+        what = "the loss" if where else "the gradient"
+        where = where or f"the losses of its examples are, rank 0: {self._window[0][0].tolist()}"
         trainer._tr_loss.copy_(before.loss)
         trainer.meter = before.meter
         for name, saved in before.states.items():
             trainer.combined.states[name].load_state_dict(saved.state_dict())
-        trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+        broken = torch.stack([~whole(p.detach()) for p in trainer.model.parameters()]).any()
+        if trainer.ranks.sum(broken.double()[None]).item():
+            state = "The weights are not finite either, and are not saved: take the last checkpoint"
+        else:
+            trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+            state = f"The state before that step is saved in {trainer.checkpoint_path(step)}"
         raise FloatingPointError(
-            f"the loss of step {step + 1} is not finite; {where} (row numbers of the training "
-            f"dataset). The state before that step is saved in {trainer.checkpoint_path(step)}. "
+            f"{what} of step {step + 1} is not finite; {where} (row numbers of the training "
+            f"dataset). {state}. "
             "Look at those rows; if they are fine, the step before has broken the weights: lower "
             "learning_rate, set max_grad_norm, or train in bf16 rather than fp16."
         )

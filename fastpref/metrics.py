@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -301,6 +302,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resident := _resident_peak():
+        return resident
     try:
         import resource
     except ImportError:  # Windows
@@ -310,6 +313,13 @@ def peak_memory(device: torch.device) -> int:
         return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_peak() -> int:
+    """Linux's own count; 0 elsewhere. What ``getrusage`` tells begins with the parent's peak."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "", re.M)
+    return int(found[1]) * 1024 if found else 0
 
 
 class MetricsFile:

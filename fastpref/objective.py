@@ -87,7 +87,11 @@ def make_losses(args: Any) -> Combined:
 
 
 def check_needs(
-    combined: Combined, columns: Collection[str], references: int, live: bool = True
+    combined: Combined,
+    columns: Collection[str],
+    references: int,
+    live: bool = True,
+    given: bool = False,
 ) -> None:
     """Raise ``ValueError`` unless everything the losses need is provided.
 
@@ -96,10 +100,22 @@ def check_needs(
         columns: Of the tokenised dataset.
         references: Number of reference policies.
         live: The reference runs beside the policy, rather than before training.
+        given: The reference is columns with a sum for each response.
     """
     known = FROM_COLUMNS[combined.kind]
     for word in sorted(combined.needs):
         missing = [name for name in known.get(word, {}).values() if name not in columns]
+        if given and not missing and "ref" in combined.needs:
+            missing = [
+                f"ref_{n}_logps" for n in {word} & {*EXTRAS} if f"ref_{n}_logps" not in columns
+            ]
+        if given and word in ("mismatched", "ref_tokens"):
+            raise ValueError(
+                f"{' and '.join(n for n in combined.names if _needs(n, word))} needs "
+                f"{', '.join(BATCHES[combined.kind].fields[word])}: {losses.SOURCES[word]}. The "
+                "ref_*_logps columns hold a sum for each response alone: drop them, so that a "
+                "reference model scores the data"
+            )
         if word in FROM_FORWARD or (word in known and not missing):
             continue
         enough = references >= (2 if word == "refs" else 1)
@@ -110,7 +126,9 @@ def check_needs(
         if missing:
             end = f" The dataset has no column {missing[0]!r}."
         else:
-            end = " The reference is not run with the policy." if enough else " The run has none."
+            live_only = " The reference is not run with the policy: set precompute_ref_log_probs="
+            live_only += "False, and drop ref_*_logps columns."
+            end = live_only if enough else " The run has none."
         raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}.{end}")
 
 
@@ -337,6 +355,11 @@ def weigh(
         options["gathered"] = combined.state_batch(examples).map(ranks.gather)
         options["local"] = slice(ranks.index * len(first), (ranks.index + 1) * len(first))
     terms = combined.terms(examples, **options)
+    if examples.weights is not None and not combined.aligned:
+        raise ValueError(
+            f"{' and '.join(combined.names)}: its numbers are of ranks in the batch, not of single "
+            "pairs, so that the column 'weight' cannot weigh them: drop it"
+        )
     if examples.weights is not None:
         terms = {name: value * examples.weights for name, value in terms.items()}
     weighted = zip(combined.weights, terms.values(), strict=True)

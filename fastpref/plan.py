@@ -166,7 +166,12 @@ def _lengths(
 
     combined = make_losses(config)
     kind: Any = combined.kind
-    if data.dataset_name is not None:
+    if data.dataset_name is not None or data.datasets:
+        if own.prompt_tokens is not None or own.response_tokens is not None:
+            raise ValueError(
+                "--prompt_tokens and --response_tokens stand in for a dataset, and one is given: "
+                "drop either"
+            )
         return _measured(data, model, config, kind)
     whole = config.max_length or 2048
     prompt = own.prompt_tokens
@@ -186,16 +191,15 @@ def _lengths(
 def _measured(
     data: ScriptArguments, model: ModelArguments, config: PreferenceConfig, kind: Any
 ) -> tuple[Lengths, frozenset[str]]:
-    from fastpref.data import load_preference_dataset, tokenize_dataset
+    from fastpref.data import tokenize_dataset
     from fastpref.data.formats import response_names
     from fastpref.data.tokenize import token_counts
     from fastpref.models import load_tokenizer
+    from fastpref.train import load_data
 
     assert model.model_name_or_path is not None
     tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=config.trust_remote_code)
-    dataset = load_preference_dataset(
-        data.dataset_name or "", data.dataset_train_split, name=data.dataset_config
-    )
+    dataset, _ = load_data(data, config)
     rows, _ = tokenize_dataset(
         dataset,
         tokenizer,

@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastpref.disk import write_text
 from fastpref.plots import draw_curves, read_metrics
 
 
@@ -70,7 +71,7 @@ def record(trainer: Trainer, config: dict[str, Any]) -> None:
         directory = Path(trainer.args.output_dir or "")
         directory.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config, sort_keys=True, allow_unicode=True)
-        (directory / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(directory / "config.yaml", text)
     if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
         trainer.add_callback(Progress())
 
@@ -91,14 +92,15 @@ def resolved(*options: Any) -> dict[str, Any]:
         options: Dataclass instances.
 
     Returns:
-        Names and values; values without a plain form (open handles, objects) are left out.
+        Names and values; values without a plain form (open handles, objects) are left out, and so
+        are secrets (``hub_token``): the file is read, copied and uploaded.
     """
     found: dict[str, Any] = {}
     for option in options:
         for field in dataclasses.fields(option):
             value = getattr(option, field.name)
             value = value.value if isinstance(value, enum.Enum) else value
-            if field.init and _plain(value):
+            if field.init and not field.name.endswith("_token") and _plain(value):
                 found[field.name] = value
     return found
 

@@ -287,6 +287,14 @@ def keep_start_adapter(model: Any) -> str:
     return ADAPTER
 
 
+def base_trains(model: Any) -> bool:
+    """Whether weights train that switching the adapters off does not bring back."""
+    own = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    return any(
+        p.requires_grad and not any(o in n for o in own) for n, p in model.named_parameters()
+    )
+
+
 def choose_reference(
     model: Any,
     given: Any,
@@ -358,12 +366,17 @@ def choose_reference(
             "no copy of it, and it cannot score the data before training: pass ref_model by name, "
             "or train an adapter without precompute_ref_log_probs"
         )
-    elif hasattr(model, "peft_config"):
+    elif hasattr(model, "peft_config") and not base_trains(model):
         reference = AdapterOff(None if fresh else keep_start_adapter(model), **options)
     elif args.precompute_ref_log_probs:
         reference = Start(**options)
     else:
         reference = frozen_copy(model, **options)
+    if args.sync_ref_model and hasattr(model, "peft_config"):
+        raise ValueError(
+            "sync_ref_model moves a full copy of the policy, and this one trains an adapter: leave "
+            "it out"
+        )
     if args.sync_ref_model and len(reference.models) != 1:
         raise ValueError(
             "sync_ref_model moves one reference model of its own, and this run has none (adapters, "

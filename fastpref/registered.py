@@ -20,7 +20,7 @@ from fastpref.parallel import Shard
 
 
 def _debug() -> bool:
-    return os.environ.get("FASTPREF_DEBUG", "0") not in ("", "0")
+    return os.environ.get("FASTPREF_DEBUG") == "1"
 
 
 def check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -29,7 +29,13 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """As ``transformers.Trainer``."""
         self.run_id = uuid.uuid4().hex
         self._staging: Path | None = None
+        self.grad_norm: Any = None
         super().__init__(*args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """transformers', kept for the loop to look at before the weights change."""
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
 
     def checkpoint_content(self) -> dict[str, Any]:
         """What the checkpoint's ``fastpref.json`` holds beside its list of files."""
@@ -50,7 +56,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             ValueError: There is no whole checkpoint to resume from.
-            FloatingPointError: A loss is not finite; the state before the step is saved.
+            FloatingPointError: A loss or a gradient is not finite; the state before the step is
+                saved, unless its weights are not finite either.
         """
         path = None
         if resume_from_checkpoint is True:

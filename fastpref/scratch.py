@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,6 @@ import torch
 from torch import Tensor
 
 _ALIGN = 64
-MAPPED = 1 << 20
-"""Bytes from which on :func:`map_large_blocks` has freed blocks go back to the system."""
-_M_MMAP_THRESHOLD = -3  # <malloc.h>
 # Slabs not in use. append and pop are atomic, so concurrent calls never share one.
 _free_cpu_slabs: list[Tensor] = []
 
@@ -87,18 +83,6 @@ def lend(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     weakref.finalize(block, _free_cpu_slabs.append, slab)
     # Shaped in place: the base of a view would keep autograd from adding to the view in place.
     return torch.frombuffer(block, dtype=dtype, count=count).resize_(shape)
-
-
-def map_large_blocks() -> None:
-    """Have glibc's malloc give blocks of :data:`MAPPED` bytes and more back when they are freed.
-
-    Left alone it moves that limit up to 32 MiB as tensors are freed, and keeps a heap whose holes
-    the tensors of later steps do not fit: a step that held 1.8 GiB took 2.3. An environment that
-    sets the limit itself (``MALLOC_MMAP_THRESHOLD_``) is obeyed; other C libraries do not need it.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(_M_MMAP_THRESHOLD, MAPPED)
 
 
 def release() -> None:

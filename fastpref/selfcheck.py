@@ -129,6 +129,11 @@ def check_policy(
     batch = collate(list(examples))
     targets = batch["response_targets"]
     name = type(causal_lm(model)).__name__
+    layers = getattr(causal_lm(model).config, "attention_layers", None) or ()
+    mask = batch.get("attention_mask")
+    if "local" in layers and (mask is None or mask.dim() != 2):
+        # GPT-Neo's: by the place in the row, which the check's short rows would not show
+        raise PackingError(f"self-check: {name} has windows that cannot follow packed rows")
     with evaluating(model):
         try:
             logits = model(**model_inputs(model, batch)).logits

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fastpref.demo import BATCH, HELD_OUT, RATE, STEPS, split_by_prompt, tiny_model, tiny_pairs
+from fastpref.disk import write_text
 from fastpref.provenance import commit, device_name, versions
 from fastpref.sweep_measure import Measure, make_judge, win_rates
 from fastpref.sweep_report import START, Row, draw, report
@@ -106,8 +107,10 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     run_dir = given.run_dir or Path("runs", time.strftime("sweep-%Y%m%d-%H%M%S"))
     settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
-    if given.judge and not settings.new_tokens:
-        raise ValueError("--judge compares answers, and --new-tokens 0 asks for none")
+    if settings.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {settings.steps}")
+    if given.judge and min(settings.new_tokens, settings.answers) < 1:
+        raise ValueError("--judge compares answers: --new-tokens and --answers must be at least 1")
     try:
         results = sweep(
             *_ingredients(given),
@@ -265,7 +268,7 @@ def sweep(
         "command": command,
     }
     write_json(run_dir / "results.json", everything)
-    (run_dir / "table.md").write_text(report(everything) + "\n")
+    write_text(run_dir / "table.md", report(everything) + "\n")
     draw(results, run_dir / "sweep.png")
     return everything
 

@@ -72,7 +72,7 @@ def _explained(sweep: Row, start: Row) -> str:
         f"pairs, learning rate {sweep['learning_rate']:g}. Accuracy: share of pairs whose "
         "chosen response has the larger log-ratio to the reference, a tie counting 1/2. Margin: "
         "difference of the two log-ratios, nats. KL: of the model from the reference, estimated "
-        "from the log-ratios of the held-out responses' tokens, nats a token.",
+        "as half the mean squared log-ratio of a held-out response's token, nats a token.",
     ]
     if "length" in start:
         parts.append(

@@ -321,11 +321,13 @@ def lora(model: ModelArguments) -> Any:
         return None
     from peft import LoraConfig
 
+    modules = model.lora_target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
+        # peft reads this word as a string alone
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         modules_to_save=model.lora_modules_to_save,
     )

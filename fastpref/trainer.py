@@ -130,8 +130,6 @@ class PreferenceTrainer(ResumableTrainer):
         self._extend = partial(
             extend_dataset, needs=self.combined.needs, args=args, corrupt=corrupt_context
         )
-        if args.beta is not None:
-            self.combined.beta = args.beta
         loads: Any = (args.model_init_kwargs if isinstance(model, str) else None) or {}
         set_seed(args.seed)  # a fresh adapter's weights are drawn in the next line
         model = prepare_policy(model, args, quantization_config, peft_config)
@@ -206,7 +204,8 @@ class PreferenceTrainer(ResumableTrainer):
         if reference.reads_texts:
             rows = add_texts(rows, dataset, reference, kind, self.args, name)
         live = reference.live and not self._ahead
-        check_needs(self.combined, columns_of(rows), reference.count, live)
+        given = type(reference) is Stored and REF_COLUMNS[kind][0] in columns_of(rows)
+        check_needs(self.combined, columns_of(rows), reference.count, live, given)
         return rows
 
     @property

@@ -199,6 +199,17 @@ def test_a_resolved_config_gives_the_same_run_again(tmp_path):
     assert again[2].loss_weights == [1.0, 0.5]
 
 
+def test_a_resolved_config_holds_no_secret(tmp_path):
+    from fastpref.recorder import resolved
+
+    options = parse(*MINIMAL, "--hub_token", "secret", "--hub_model_id", "me/mine")
+    assert options[2].hub_token == "secret"
+    found = resolved(*options)
+    assert found["hub_model_id"] == "me/mine"
+    assert "hub_token" not in found
+    assert "secret" not in repr(found)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

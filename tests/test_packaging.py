@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastpref
+from fastpref import backends
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "fastpref").rglob("*.py"))
@@ -233,7 +234,8 @@ def test_installs_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "installing without native kernels" in output
-    assert "FASTPREF_FORCE_BUILD=1" in output
+    assert "isolated build does not see" not in output  # it does, and another thing is missing
+    assert f"to build them: {backends.REBUILD}" in output
     log = checkout / "build" / "fastpref-build.log"
     assert str(log) in output
     assert "/bin/false" in log.read_text()
@@ -250,6 +252,23 @@ assert not cpp.available() and "FASTPREF_FORCE_BUILD" in cpp.why_unavailable()
         *("install", "--target", tmp_path / "other", checkout),
         **{"cwd": tmp_path, "FASTPREF_FORCE_BUILD": "1", **broken},
     )
+    assert forced.returncode != 0
+
+
+@pytest.mark.parametrize("missing", ["torch", "pybind11"])
+def test_the_build_says_which_package_it_lacks(checkout: Path, missing: str) -> None:
+    code = f"""
+import runpy, sys
+sys.modules[{missing!r}] = None
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = run(sys.executable, "-c", code, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert f"installing without native kernels: import of {missing} halted" in done.stderr
+    assert ("an isolated build does not see your torch" in done.stderr) == (missing == "torch")
+    assert f"to build them: {backends.REBUILD}\n" in done.stderr
+    forced = run(sys.executable, "-c", code, cwd=checkout, FASTPREF_FORCE_BUILD="1")
     assert forced.returncode != 0
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +37,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 WEIGHTS = 21_728
 """Of the model below, by hand: two embeddings of 97 x 32; in each of two layers 32 x 32 twice and
 16 x 32 twice for attention, three of 32 x 48, and two norms of 32; a last norm."""
@@ -352,37 +348,6 @@ def test_a_machine_is_this_one() -> None:
     machine = plan.machine_of(None, "cpu")
     assert isinstance(machine, Machine)
     assert machine.base < machine.memory == plan.host_memory()
-
-
-MAPPED = """
-import ctypes, sys, torch
-from fastpref import scratch
-
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split())]
-
-scratch.map_large_blocks()
-freed = torch.empty(30 << 20, dtype=torch.uint8)
-del freed  # from here on malloc would keep blocks up to this size in its heap
-held = torch.empty(20 << 20, dtype=torch.uint8)
-libc = ctypes.CDLL(None)
-libc.mallinfo2.restype = Info
-print(libc.mallinfo2().hblkhd >> 20)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
-@pytest.mark.parametrize(("environment", "given_back"), [({}, True), (KEPT, False)])
-def test_large_blocks_are_given_back(environment: dict[str, str], given_back: bool) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MAPPED],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
-    )
-    assert (int(done.stdout) >= 20) == given_back
 
 
 def test_the_page_shows_the_rows() -> None:

@@ -237,6 +237,8 @@ def test_the_demo_runs_offline_and_reports_both_rows(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^before +0\.500  \[0\.500, 0\.500\] +0\.000  \[0\.000, 0\.000\]", out, re.M)
     summary = json.loads((run / "summary.json").read_text())
+    assert summary["pairs"] == {"train": 20, "held_out": 40}
+    assert "trained on 20 others" in out
     after = summary["after"]["rewards/margins"]
     assert f"{after['mean']:.3f}  [{after['low']:.3f}, {after['high']:.3f}]" in out
     assert after["low"] > 0  # the made-up preference is easy

@@ -27,13 +27,14 @@ NAMES = ("cpp", "triton", "cuda", "torch")
 # benchmarks/results/ decide this table.
 _AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("torch",)}
 _DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+_TOOLS = "pip install ninja pybind11 setuptools wheel &&"  # an isolated build leaves none behind
+_BUILD = "FASTPREF_FORCE_BUILD=1 pip install -v --no-build-isolation --no-deps ."
+REBUILD = f"{_TOOLS} {_BUILD}"
+"""Compiles the native module, from a checkout."""
 _REMEDY = {
-    "cpp": "install a C++ compiler and rebuild: pip install --no-build-isolation --no-deps .",
+    "cpp": f"install a C++ compiler and rebuild: {REBUILD}",
     "triton": 'pip install "triton>=3.4" (Linux with an NVIDIA GPU)',
-    "cuda": (
-        "install the CUDA toolkit and rebuild: FASTPREF_CUDA=1 FASTPREF_FORCE_BUILD=1 "
-        "pip install -v --no-build-isolation --no-deps ."
-    ),
+    "cuda": f"install the CUDA toolkit and rebuild: {_TOOLS} FASTPREF_CUDA=1 {_BUILD}",
 }
 _NO_GPU = (
     "leave the choice to backend='auto', or run where torch is a CUDA build and sees an NVIDIA GPU"
@@ -203,12 +204,15 @@ def remedy(name: str) -> str:
 def explain(device_type: str, dtype: DType) -> tuple[str, str]:
     """The backend that ``auto`` takes for a device and dtype, and why."""
     order = _AUTO.get(device_type, ("torch",))
+    rest = " and ".join(n for n, on in _DEVICES.items() if device_type in on and n not in order)
+    unmeasured = f"; {rest} are not taken unasked until measured on a GPU" if rest else ""
     why: list[str] = []
     for name in order:
         module = _module(name)
         if not isinstance(module, str):
             first = "the first choice" if not why else "; ".join(why)
-            return name, f"{first} for {str(dtype).removeprefix('torch.')} on {device_type}"
+            where = f"{str(dtype).removeprefix('torch.')} on {device_type}"
+            return name, f"{first} for {where}{unmeasured}"
         why.append(f"{name} is unavailable: {module}")
     raise AssertionError("plain torch is always available")
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.backends import REBUILD
+
 
 @cache
 def why_unavailable() -> str:
@@ -22,10 +24,7 @@ def why_unavailable() -> str:
     try:
         importlib.import_module("fastpref._C")
     except ImportError as error:
-        return (
-            f"the compiled module did not load ({error}). Build it with: "
-            "FASTPREF_FORCE_BUILD=1 pip install -v --no-build-isolation --no-deps ."
-        )
+        return f"the compiled module did not load ({error}). Build it with: {REBUILD}"
     _register_fakes()
     return ""
 

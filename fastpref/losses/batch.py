@@ -270,14 +270,17 @@ BATCHES: dict[str, type[PairLogps] | type[UnpairedLogps] | type[GroupLogps]] = {
 
 SOURCES: dict[str, str] = {
     "policy": "the policy's forward pass over the dataset's responses",
-    "ref": "a reference model (`ref_model`), or columns `ref_chosen_logps`, `ref_rejected_logps`",
+    "ref": "a reference model (`ref_model`), or columns `ref_chosen_logps`, `ref_rejected_logps` "
+    "(unpaired and groups `ref_logps`)",
     "refs": "several reference models (`ref_models=[...]`, the base first)",
     "lengths": "the number of response tokens, counted when the batch is built",
     "tokens": "the policy's log-probs kept per token",
     "ref_tokens": "the reference's log-probs kept per token",
-    "third": "another response to each prompt: the column `third` (or `reference`)",
+    "third": "another response to each prompt: the column `third` (or `reference`); with a "
+    "reference in columns `ref_third_logps` too",
     "corrupted": "the chosen response scored again in a corrupted context, which a function makes "
-    "of the prompt's token ids (`corrupt_context`)",
+    "of the prompt's token ids (`corrupt_context`); with a reference in columns "
+    "`ref_corrupted_logps` too",
     "scores": "the columns `chosen_score`, `rejected_score` (unpaired `score`, groups `scores`)",
     "margins": "the columns `chosen_margins`, `rejected_margins`: one number per other objective",
     "prior": "the columns `prior_chosen`, `prior_rejected`: sums under each earlier policy",

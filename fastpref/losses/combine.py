@@ -31,6 +31,8 @@ class _Term:
         known = {**entry.defaults, **arguments}
         self.options = {key: known[key] for key in options if key in known}
         self.state: State | None = entry.state(**self.options) if entry.state else None
+        if self.state is not None:
+            self.state.reader = entry.name
 
     def window(self, rates: Mapping[str, Any]) -> dict[str, Any]:
         """The token rates this loss takes, prompts counted where its likelihood has them."""
@@ -55,7 +57,7 @@ class _Term:
 class Combined:
     """``sum_i weight_i * loss_i(batch)``, callable on a batch; built by `combine`."""
 
-    def __init__(self, terms: Sequence[_Term]) -> None:
+    def __init__(self, terms: Sequence[_Term], beta: float | None = None) -> None:
         """Add ``terms``; the attributes are what they need together."""
         self._terms = list(terms)
         entries = [term.loss.entry for term in self._terms]
@@ -82,8 +84,10 @@ class Combined:
             for term in self._terms
             if "beta" in term.loss.entry.defaults
         ]
-        self.beta: float = betas[0] if betas else 1.0
-        """Scale of the rewards that are logged: the first loss's beta."""
+        self.beta: float = betas[0] if betas else 1.0 if beta is None else beta
+        """Scale of the rewards that are logged: the first beta of a loss, or else the one given."""
+        self.aligned = all(entry.aligned for entry in entries)
+        """Number i of the result is of example i."""
         self.mean_reward = entries[0].mean_reward
         """These rewards are means over tokens: the first loss ranks by such."""
 
@@ -195,4 +199,4 @@ def combine(
         if beta is not None and "beta" in get(name).entry.defaults:
             own.setdefault("beta", beta)
         terms.append(_Term(name, weight, own))
-    return Combined(terms)
+    return Combined(terms, beta)

@@ -32,6 +32,8 @@ class State:
     def __init__(self) -> None:
         """Take the options the class lists."""
         self._numbers: dict[str, Tensor] = {}
+        self.reader = type(self).__name__
+        """Who needs the fields, for messages."""
 
     def kwargs(self, batch: Any, local: slice = slice(None), update: bool = True) -> dict[str, Any]:
         """Keywords for the loss.
@@ -42,7 +44,7 @@ class State:
             update: Remember what was seen; false for evaluation.
         """
         before = dict(self._numbers)
-        keywords = self.compute(View(batch, type(self).__name__), local)
+        keywords = self.compute(View(batch, self.reader), local)
         if not update:
             self._numbers = before
         return keywords

@@ -27,7 +27,7 @@ class Evaluator:
         start: The policy the run began with.
         max_new_tokens: Longest answer.
         judge: Compares answers; None: only lengths and KL are measured.
-        reward: Scores single answers; None: the judge, if it does.
+        reward: Scores single answers; None, or the same: the judge, if it does.
         resamples: Of the bootstrap.
     """
 
@@ -43,8 +43,13 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         """Take the judge as the reward where it can be."""
-        if self.reward is None and self.judge is not None and not self.judge.probability:
-            self.reward = self.judge
+        judge, reward = self.judge, self.reward
+        if (
+            judge is not None
+            and not judge.comparative
+            and (reward is None or reward.describe() == judge.describe())
+        ):
+            self.reward = judge
         self.name(self.start, "round-0")
 
     def describe(self) -> Row:
@@ -125,7 +130,7 @@ class Evaluator:
     ) -> list[float]:
         """Probability, by prompt, that the new answer is the better one."""
         assert self.judge is not None
-        if not self.judge.probability:
+        if not self.judge.comparative:
             if self.judge is self.reward:
                 scores = self.rewards(after), self.rewards(before)
             else:
@@ -134,13 +139,14 @@ class Evaluator:
                     for p, answers in ((after, new), (before, old))
                 ]
                 scores = ([r["scores"][0] for r in tables[0]], [r["scores"][0] for r in tables[1]])
-            return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(*scores, strict=True)]
+            return _wins(*scores)
         both = [
             {**a, "responses": [a["responses"][0], b["responses"][0]]}
             for a, b in zip(new, old, strict=True)
         ]
         judged = self.judge.score(self.run, f"{name}/judged", given_rows(both))
-        return [row["scores"][0] for row in judged]
+        first, second = zip(*(row["scores"] for row in judged), strict=True)
+        return list(first) if self.judge.probability else _wins(first, second)
 
     def _kl(self, name: str, policy: Policy, other: Policy, which: str) -> Any:
         if policy.digest == other.digest:
@@ -153,6 +159,11 @@ class Evaluator:
 
     def _mean(self, values: Sequence[float]) -> Estimate:
         return mean(values, self.resamples)
+
+
+def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """1 where the first score is higher, 0 where the second is, 0.5 for a tie."""
+    return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(first, second, strict=True)]
 
 
 def describe_pairs(
@@ -168,7 +179,7 @@ def describe_pairs(
     Returns:
         ``prompts``, ``made``, ``dropped`` (prompts by reason), ``faults`` (responses by reason),
         ``trained_on``, and ``gap_tokens`` and ``gap_characters`` of the pairs made (mean of chosen
-        minus rejected).
+        minus rejected; 0 if none was).
     """
     dropped: dict[str, int] = {}
     faults: dict[str, int] = {}
@@ -181,9 +192,8 @@ def describe_pairs(
     good = made(pairs)
 
     def gap(suffix: str) -> float:
-        return sum(len(r[f"chosen{suffix}"]) - len(r[f"rejected{suffix}"]) for r in good) / len(
-            good
-        )
+        gaps = [len(r[f"chosen{suffix}"]) - len(r[f"rejected{suffix}"]) for r in good]
+        return sum(gaps) / max(len(gaps), 1)
 
     return {
         "prompts": len(pairs),

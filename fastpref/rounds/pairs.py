@@ -140,6 +140,8 @@ def build_pairs(
     groups: Rows,
     scores: Rows,
     rule: str = "best_worst",
+    *,
+    may_be_empty: bool = False,
 ) -> Rows:
     """A pair for each prompt whose responses' scores differ, as a stage.
 
@@ -149,6 +151,7 @@ def build_pairs(
         groups: Rows with ``responses``, and ``dropped`` where they were filtered.
         scores: Of the same rows.
         rule: Of :data:`RULES`.
+        may_be_empty: Take it that all scores are ties, where there are pairs of rounds before.
 
     Returns:
         For each prompt ``{"id", "prompt", "prompt_ids", "chosen", "chosen_ids", "chosen_score",
@@ -173,7 +176,7 @@ def build_pairs(
                 found.append({"id": group["id"], "dropped": "tie: all scores equal"})
             else:
                 found.append(pair_row(group, *chosen, own))
-        return _some(found, scores, name)
+        return found if may_be_empty else _some(found, scores, name)
 
     inputs = {
         "responses": groups.digest,
@@ -204,7 +207,9 @@ def _some(rows: list[Row], scores: Rows, name: str) -> list[Row]:
             f"{name}: the scorer gave every response the same score, {values.pop()}: nothing is "
             "preferred, and no pair can be made. Look at the scorer"
         )
-    raise ValueError(f"{name}: no pair could be made: {reasons(rows)}")
+    ties = any(str(row["dropped"]).startswith("tie") for row in rows)
+    hint = ". Ties prefer nothing: ask for more prompts or answers, or look at the scorer"
+    raise ValueError(f"{name}: no pair could be made: {reasons(rows)}{hint if ties else ''}")
 
 
 def made(pairs: Rows) -> list[Row]:

@@ -88,6 +88,7 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
         "responses": groups.digest,
         "batch_size": run.batch_size,
         "dtype": str(run.dtype),
+        **({"model_options": run.model_options} if run.model_options else {}),
     }
     return run.batches(name, inputs, batches, open, "log-likelihoods")
 

@@ -218,7 +218,7 @@ class Recipe:
             start,
             self.max_new_tokens or max_new_tokens,
             judge=self._judge or scorer,
-            reward=None if scorer is None or scorer.probability else scorer,
+            reward=None if scorer is None or scorer.comparative else scorer,
             resamples=self.resamples,
         )
 
@@ -301,6 +301,11 @@ class OnPolicy(Sampled):
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.prompts_per_round is not None and self.prompts_per_round < 1:
+            raise ValueError(
+                f"prompts_per_round must be at least 1, or None for all, got "
+                f"{self.prompts_per_round}"
+            )
 
     def parts(self, prompts: Rows) -> list[Rows]:
         """The prompts of each round."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,14 @@ class Ranker(Scorer):
         if (self.function is None) == (self.model is None):
             raise ValueError("ranker: give a function or a model, and not both")
 
+    @cached_property
+    def _described(self) -> dict[str, str]:
+        return described(self.function)  # once: what an object notes while it scores is no change
+
     def describe(self) -> dict[str, Any]:
         """The function, or the model and its template."""
         if self.model is None:
-            return {"kind": self.kind, **described(self.function)}
+            return {"kind": self.kind, **self._described}
         return {
             "kind": self.kind,
             "model": policy_of(self.model).digest,
@@ -158,7 +163,7 @@ class Ranker(Scorer):
     def name(self) -> str:
         """Of the function or the model."""
         if self.model is None:
-            return str(described(self.function)["function"])
+            return self._described["function"]
         return Path(self.model).name
 
     def open(self, run: Run) -> Score:
@@ -173,7 +178,15 @@ class Ranker(Scorer):
                 for b in g["responses"]
                 if a is not b
             ]
-            answers = iter(beats(asked) if asked else [])
+            probabilities = beats(asked) if asked else []
+            for (prompt, first, second), p in zip(asked, probabilities, strict=True):
+                if not 0 <= p <= 1:
+                    raise ValueError(
+                        f"{self.name} gave {p} for {first[:80]!r} against {second[:80]!r}, prompt "
+                        f"{prompt!r}: a ranker returns the probability, 0 to 1, that the first "
+                        "response is better"
+                    )
+            answers = iter(probabilities)
             found = []
             for group in groups:
                 size = len(group["responses"])

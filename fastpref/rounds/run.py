@@ -162,20 +162,26 @@ class Run:
                 folder, and what it had written.
 
         Raises:
-            ChangedError: the stage was made from other inputs, and ``redo`` is false.
-            ValueError: other stages lie in a folder of this name.
+            ChangedError: the stage was made from other inputs, or as several stages (or was part of
+                one) where a scorer of another kind was, and ``redo`` is false.
         """
         final = self.folder / name
         staging = final.with_name(final.name + ".partial")
         wanted = json.loads(json.dumps(dict(inputs), default=str))
+        for outer in list(final.relative_to(self.folder).parents)[:-1]:
+            made = _json(self.folder / outer / INPUTS)
+            if made is not None:  # one stage where several are to be
+                self._replace(str(outer), self.folder / outer, made, {"parts": [final.name]})
         for place in (final, staging):
             made = _json(place / INPUTS)
             if made is not None and made != wanted:
                 self._replace(name, place, made, wanted)
-            elif made is None and any(place.glob(f"*/**/{INPUTS}")):
-                raise ValueError(f"{place} holds other stages: name this one, or those, otherwise")
+            elif made is None and (parts := _parts(place)):  # several stages where one is to be
+                self._replace(name, place, {"parts": parts}, wanted)
             elif made is None and place.exists():
-                shutil.rmtree(place)  # killed before it had begun
+                if (place / checkpoint.MANIFEST).exists():
+                    logger.warning("%s is made again: its %s cannot be read", place, INPUTS)
+                shutil.rmtree(place)  # else killed before it had begun
         if final.exists():
             wrong = checkpoint.fault(final)
             if wrong is None:
@@ -313,6 +319,11 @@ def _json(path: Path) -> Row | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _parts(place: Path) -> list[str]:
+    """Names of the folders in ``place`` that are stages or hold some."""
+    return sorted({p.relative_to(place).parts[0] for p in place.glob(f"*/**/{INPUTS}")})
 
 
 def _short(value: Any) -> str:

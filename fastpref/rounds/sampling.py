@@ -117,6 +117,7 @@ def sample(run: Run, name: str, policy: Policy, prompts: Rows, sampling: Samplin
         "seed": run.seed,
         "batch_size": run.batch_size,
         "dtype": str(run.dtype),
+        **({"model_options": run.model_options} if run.model_options else {}),
         **{f"sampling.{key}": value for key, value in asdict(sampling).items()},
     }
     found = run.batches(name, inputs, batches, open, "sampling")

@@ -7,9 +7,11 @@ itself: the scores before it are kept, and the next start goes on from there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +32,11 @@ class Scorer:
     """Name in a config."""
     probability = False
     """Of two responses, the first's score is the probability that it is the better one."""
+
+    @property
+    def comparative(self) -> bool:
+        """Whether a score depends on the responses beside it: a single one says nothing."""
+        return self.probability
 
     def describe(self) -> dict[str, Any]:
         """What the scores depend on beside the responses, as JSON can hold it."""
@@ -119,11 +126,38 @@ def _once(score: Score, groups: Sequence[Row]) -> list[list[float]]:
 
 
 def described(function: Any) -> dict[str, str]:
-    """Name of a function and digest of its source, for a stage's inputs."""
+    """Name of a function and digest of its source, for a stage's inputs.
+
+    A partial's arguments count too, and the attributes of an object that is called, or whose method
+    is; both as they are printed, without addresses.
+    """
     found = find(function)
-    try:
-        source = inspect.getsource(found)
-    except (OSError, TypeError):
-        source = ""
-    where = getattr(found, "__qualname__", type(found).__qualname__)
+    if isinstance(found, functools.partial):
+        inner = described(found.func)
+        where = inner["function"]
+        source = f"{inner['source']} {_printed(found.args)} {_printed(found.keywords)}"
+    else:
+        where = getattr(found, "__qualname__", type(found).__qualname__)
+        source = _source(found if hasattr(found, "__qualname__") else type(found))
+        owner = getattr(found, "__self__", None if hasattr(found, "__qualname__") else found)
+        if not (owner is None or inspect.ismodule(owner)):
+            source += _printed(dict(getattr(owner, "__dict__", {})))
     return {"function": where, "source": hashlib.sha256(source.encode()).hexdigest()[:16]}
+
+
+def _printed(value: Any) -> str:
+    """A value's ``repr``, the same in every process."""
+    if isinstance(value, dict):
+        return str(sorted(f"{_printed(key)}: {_printed(own)}" for key, own in value.items()))
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(_printed, value)))
+    if type(value) in (list, tuple):
+        return str(list(map(_printed, value)))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from fastpref.named import find
@@ -27,14 +28,18 @@ class Function(Scorer):
     kind = "function"
     function: Any
 
+    @cached_property
+    def _described(self) -> dict[str, str]:
+        return described(self.function)  # once: what an object notes while it scores is no change
+
     def describe(self) -> dict[str, Any]:
         """Its name and a digest of its source."""
-        return {"kind": self.kind, **described(self.function)}
+        return {"kind": self.kind, **self._described}
 
     @property
     def name(self) -> str:
         """The function's."""
-        return str(described(self.function)["function"])
+        return self._described["function"]
 
     def open(self, run: Run) -> Score:
         """The function, response by response."""
@@ -103,7 +108,9 @@ class Implicit(Scorer):
     def score(self, run: Run, name: str, groups: Rows) -> Rows:
         """See :meth:`Scorer.score`; one policy is in memory at a time."""
         new = log_likelihoods(run, f"{name}/policy", _policy(self.policy), groups)
-        old = log_likelihoods(run, f"{name}/reference", _policy(self.reference), groups)
+        old = new
+        if _policy(self.reference).digest != _policy(self.policy).digest:
+            old = log_likelihoods(run, f"{name}/reference", _policy(self.reference), groups)
 
         def subtract() -> list[Row]:
             return [
@@ -127,6 +134,11 @@ class Weighted(Scorer):
 
     kind = "weighted"
     parts: Sequence[tuple[Scorer, float]]
+
+    @property
+    def comparative(self) -> bool:
+        """Whether a part is."""
+        return any(scorer.comparative for scorer, _ in self.parts)
 
     def describe(self) -> dict[str, Any]:
         """The parts."""

@@ -155,6 +155,7 @@ def train(
         "loss_args": dict(loss.arguments),
         "seed": seed,
         "device": run.device.type,
+        **({"model_options": run.model_options} if run.model_options else {}),
         **training.describe(),
         **(extra or {}),
     }

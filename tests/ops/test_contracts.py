@@ -298,7 +298,7 @@ def test_missing_backend_says_what_to_install(monkeypatch):
         (
             "cuda",
             True,
-            r"built without CUDA.* install the CUDA toolkit and rebuild: FASTPREF_CUDA=1",
+            r"built without CUDA.* install the CUDA toolkit and rebuild: .* && FASTPREF_CUDA=1",
         ),
         ("cuda", False, r"built without CUDA.* backend='auto', or run where .* sees an NVIDIA GPU"),
         ("triton", False, r"backend='auto', or run where .* sees an NVIDIA GPU"),
@@ -318,6 +318,23 @@ def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):
     name, why = backends.explain("cpu", torch.float32)
     assert name == "torch"
     assert "no compiler" in why
+
+
+def test_auto_says_what_it_leaves_out():
+    assert "unasked" not in backends.explain("cpu", torch.float32)[1]
+    name, why = backends.explain("cuda", torch.bfloat16)
+    assert name == "torch"
+    assert why.endswith("; triton and cuda are not taken unasked until measured on a GPU")
+
+
+@pytest.mark.parametrize("name", ["cpp", "cuda"])
+def test_a_rebuild_brings_its_tools(monkeypatch, name):
+    """An isolated installation leaves no build tools behind."""
+    monkeypatch.setattr(backends, "sees_gpu", lambda: True)
+    tools, build = backends.remedy(name).split(" && ")
+    assert tools.endswith("pip install ninja pybind11 setuptools wheel")
+    assert ("FASTPREF_CUDA=1" in build) == (name == "cuda")
+    assert build.endswith("FASTPREF_FORCE_BUILD=1 pip install -v --no-build-isolation --no-deps .")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -164,6 +164,22 @@ def test_with_factors_of_one_every_acquisition_is_random(
     assert asked[0] == asked[1]
 
 
+def test_a_later_round_of_ties_trains_on_the_labels_before(
+    options: Options, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def tires(prompt: Any, response: str) -> float:
+        asked.append(response)
+        return letters(prompt, response) if len(asked) <= 12 else 0.0
+
+    made = active(options, make, oracle=tires, acquisition="random").run()
+    assert [r["pairs"]["made"] for r in made.reports] == [6, 0]
+    assert [r["pairs"]["trained_on"] for r in made.reports] == [6, 6]
+    assert made.reports[1]["training"]["labels"] == 12
+    assert "round-2: all 6 labels are ties" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from fastpref.rounds.acquire import entropy, keep, uncertainty
 from fastpref.rounds.pairs import best_worst, length_debias
-from fastpref.rounds.policies import response_sums
+from fastpref.rounds.policies import log_likelihoods, response_sums
 from fastpref.rounds.replay import ReplayBuffer, replay_counts, replay_mix
-from fastpref.rounds.run import Run
+from fastpref.rounds.run import ChangedError, Run, given_rows, policy_of
+from fastpref.rounds.sampling import Sampling, sample
 from fastpref.rounds.winrate import length_controlled, win_rate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "losses" / "golden.json").read_text())
@@ -108,12 +110,53 @@ def test_likelihoods_are_those_of_the_models_own_logits(make: Any) -> None:
             assert value == pytest.approx(float(own), abs=1e-4)
 
 
-def test_a_stage_never_takes_the_folder_of_others(tmp_path: Path) -> None:
+def test_one_stage_in_the_place_of_several_is_a_change_that_redo_makes(tmp_path: Path) -> None:
+    """As where a scorer of one part takes the place of one of several parts, and back."""
     run = Run(tmp_path)
-    inner = run.table("round-1/scores/policy", {}, lambda: [{"id": 0}])
-    with pytest.raises(ValueError, match="scores holds other stages"):
-        run.table("round-1/scores", {}, lambda: [{"id": 1}])
-    assert run.table("round-1/scores/policy", {}, lambda: []).rows == inner.rows
+    names = "round-1/scores/part-1", "round-1/scores"
+    for inner, outer in (names, names[::-1]):
+        run.redo = False
+        first = run.table(inner, {"a": 1}, lambda: [{"id": 0}])
+        with pytest.raises(ChangedError, match=r"(?s)scores was made with .*part-1.*--redo"):
+            run.table(outer, {"b": 2}, lambda: [{"id": 1}])
+        assert run.table(inner, {"a": 1}, list).rows == first.rows
+        run.redo = True
+        assert run.table(outer, {"b": 2}, lambda: [{"id": 1}]).rows == [{"id": 1}]
+        assert not (tmp_path / inner / "rows.jsonl").exists()
+        assert any((tmp_path / "replaced" / "round-1").glob("scores-*/**/rows.jsonl"))
+        shutil.rmtree(tmp_path)
+
+
+def test_a_stage_whose_inputs_cannot_be_read_is_made_again_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    folder = run.table("scores", {"a": 1}, lambda: [{"id": 0}]).path
+    assert folder is not None
+    (folder / "inputs.json").write_text("{")
+    assert run.table("scores", {"a": 1}, lambda: [{"id": 1}]).rows == [{"id": 1}]
+    assert "scores is made again: its inputs.json cannot be read" in caplog.text
+
+
+def test_options_of_the_models_are_inputs_where_there_are_any(
+    make: Any, policy: str, tmp_path: Path
+) -> None:
+    start = policy_of(policy)
+    run = Run(tmp_path, tokenizer=make.tokenizer())
+    row = {"id": 0, "prompt": "w1", "prompt_ids": [5]}
+    prompts = given_rows([{**row, "responses": [{"text": "w2", "ids": [6], "finished": True}]}])
+    rules = Sampling(n=1, max_new_tokens=2)
+    stages = {
+        "samples": lambda: sample(run, "samples", start, prompts, rules),
+        "logps": lambda: log_likelihoods(run, "logps", start, prompts),
+    }
+    for name, stage in stages.items():
+        run.model_options = {}
+        stage()
+        assert "model_options" not in json.loads((tmp_path / name / "inputs.json").read_text())
+        run.model_options = {"attn_implementation": "eager"}
+        with pytest.raises(ChangedError, match=r"model_options: nothing -> .*eager"):
+            stage()
 
 
 def test_length_control_finds_the_win_rate_of_equal_lengths() -> None:

@@ -73,6 +73,7 @@ def test_sdpo_starts_each_stage_at_ln_2_and_ignores_stored_references(
     made = rounds.SDPO(**options(dataset=data, stages="fractions")).run()
     for report in made.reports:
         assert report["training"]["first loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert "gamma_ref is of" not in report["training"]
     assert [r["training"]["pairs"] for r in made.reports] == [8, 8]
 
 
@@ -93,6 +94,7 @@ def test_one_stage_of_sdpo_is_dpo(options: Options, make: Any, tmp_path: Path) -
         processing_class=make.tokenizer(),
     )
     plain.train()
+    assert made.reports[0]["training"]["gamma_ref is of"] == "training pairs"
     found = load_file(Path(made.policy.path) / "model.safetensors")
     own = plain.model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in found.items())
@@ -205,6 +207,36 @@ def test_bad_scores_and_samples_are_told_in_words(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ilr(options, make, **given).run()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "message"),
+    [
+        ("SDPO", {"dataset": {"a": []}, "stages": "fractions"}, "cuts one dataset.*is a mapping"),
+        ("SDPO", {"probe": 0}, "probe must be at least 1, got 0"),
+        ("DICE", {"penalty_step": 0.0}, "penalty_step must be above 0"),
+        ("DICE", {"penalty_limit": -1.0}, "penalty_limit must be above 0"),
+        ("DICE", {"penalty": math.inf}, "penalty must be a finite number, got inf"),
+        ("DICE", {"prompts_per_round": 0}, "prompts_per_round must be at least 1, or None"),
+    ],
+)
+def test_options_out_of_range_are_told_in_words(
+    options: Options, make: Any, recipe: str, given: dict[str, Any], message: str
+) -> None:
+    plain = {"dataset": make.pairs(4), **({"initial_reference": "a"} if recipe == "DICE" else {})}
+    if recipe == "DICE":
+        plain["sampling"] = SAMPLING
+    with pytest.raises(ValueError, match=message):
+        getattr(rounds, recipe)(**options(**{**plain, **given}))
+
+
+def test_a_scorer_of_another_kind_is_a_change_that_redo_makes(options: Options, make: Any) -> None:
+    ilr(options, make, scorer=make.reward).run()
+    several = [{"kind": "function", "function": make.reward}, {"kind": "length"}]
+    for scorer in (several, make.reward):
+        with pytest.raises(rounds.ChangedError, match=r"(?s)scores was made with.*--redo"):
+            ilr(options, make, scorer=scorer).run()
+        ilr(options, make, scorer=scorer, redo=True).run()
 
 
 def test_a_changed_option_says_what_changed_and_redo_keeps_the_old(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from fastpref import rounds
+from fastpref.rounds.evaluation import Evaluator
 from fastpref.rounds.reward_models import reward_text
-from fastpref.rounds.run import Run, given_rows, read_jsonl
+from fastpref.rounds.run import Run, given_rows, policy_of, read_jsonl
+from fastpref.rounds.scorer import described
+from fastpref.rounds.winrate import win_rate
 
 TEXTS = [["w1 w2", "w3", "w1 w2", "w4 w5 w6 w7 w8"], ["w9 w3 w3", "w10"]]
 
@@ -146,6 +150,100 @@ def test_the_implicit_reward_is_the_log_ratio_of_both_policies(
                 for p in (policy, other_policy)
             )
             assert score == pytest.approx(0.3 * (new - old), abs=1e-5)
+
+
+class Count:
+    """How often a response has one of these words; notes what it was asked."""
+
+    def __init__(self, *words: str) -> None:
+        self.words, self.asked = set(words), 0
+
+    def __call__(self, prompt: str, response: str) -> float:
+        self.asked += 1
+        return self.times(prompt, response)
+
+    def times(self, prompt: str, response: str) -> float:
+        return float(sum(word in self.words for word in response.split()))
+
+
+def count(prompt: str, response: str, word: str = "w3") -> float:
+    return float(response.split().count(word))
+
+
+def test_functions_that_differ_in_what_they_hold_are_told_apart() -> None:
+    kinds = [
+        *(Count("w3", word) for word in ("w1", "w2")),
+        *(Count("w3", word).times for word in ("w1", "w2")),
+        *(partial(count, word=word) for word in ("w1", "w2")),
+        *(partial(Count(word), "w0") for word in ("w1", "w2")),
+        count,
+    ]
+    found = [described(one)["source"] for one in kinds]
+    assert len(set(found)) == len(found)
+    assert described(Count("w1", "w3")) == described(kinds[0])
+    assert described(partial(count, word="w2"))["source"] == found[5]
+    first, second = Count("w1"), Count("w1")
+    first.words, second.words = object(), object()  # type: ignore[assignment]
+    assert described(first) == described(second)
+
+
+def test_what_an_object_notes_while_it_scores_is_no_change(run: Run, make: Any) -> None:
+    scorer = rounds.Function(Count("w3"))
+    asked = groups(make.tokenizer())
+    first = scorer.score(run, "scores", asked)
+    assert scorer.function.asked == 5
+    assert scorer.score(run, "scores", asked).digest == first.digest
+    assert rounds.Function(Count("w3")).score(run, "scores", asked).digest == first.digest
+    assert scorer.function.asked == 5
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+def test_a_ranker_that_returns_no_probability_is_told(run: Run, make: Any, value: float) -> None:
+    def odds(prompt: str, first: str, second: str) -> float:
+        return value
+
+    with pytest.raises(RuntimeError, match=f"odds gave {value} for 'w1 w2' against .*0 to 1"):
+        rounds.Ranker(function=odds).score(run, "scores", groups(make.tokenizer()))
+
+
+def test_a_sum_with_a_ranker_compares_held_out_answers_and_gives_single_ones_no_reward(
+    run: Run, make: Any, policy: str, other_policy: str
+) -> None:
+    scorer = rounds.make_scorer(
+        [{"kind": "ranker", "function": first_or_longer}, {"kind": "length", "per_unit": 0.0}]
+    )
+    asked = groups(make.tokenizer())
+    start, after = policy_of(policy), policy_of(other_policy)
+    evaluator = Evaluator(run, asked, start, 8, judge=scorer, resamples=20)
+    found = evaluator.compare("round-1", start, after)
+    assert "reward" not in found
+    longer = [
+        len(a["responses"][0]["text"]) - len(b["responses"][0]["text"])
+        for a, b in zip(evaluator.answers(after), evaluator.answers(start))
+    ]
+    assert any(longer)
+    wins = [0.5 + 0.5 * ((n > 0) - (n < 0)) for n in longer]
+    assert found["win_rate"] == win_rate(wins, 20)
+
+
+def test_a_judge_that_is_the_reward_scores_once(run: Run, make: Any, policy: str) -> None:
+    asked, start = groups(make.tokenizer()), policy_of(policy)
+    judge, reward = (rounds.Length(unit="characters") for _ in range(2))
+    evaluator = Evaluator(run, asked, start, 8, judge=judge, reward=reward, resamples=20)
+    evaluator.compare("round-1", start, start)
+    assert {path.name for path in run.folder.glob("round-0/*")} == {"answers", "rewards"}
+    other = Evaluator(run, asked, start, 8, judge=judge, reward=rounds.Length(), resamples=20)
+    run.redo = True
+    other.compare("round-1", start, start)
+    assert (run.folder / "round-0" / "judged").exists()
+
+
+def test_an_implicit_reward_of_a_policy_beside_itself_is_0_and_scored_once(
+    run: Run, make: Any, policy: str
+) -> None:
+    found = rounds.Implicit(policy, policy).score(run, "scores", groups(make.tokenizer()))
+    assert {value for row in found for value in row["scores"]} == {0.0}
+    assert not (run.folder / "scores" / "reference").exists()
 
 
 def test_a_weighted_sum_adds_up_and_other_weights_score_nothing_anew(run: Run, make: Any) -> None:

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import LoraConfig
 
-from fastpref import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from fastpref import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    PreferenceConfig,
+    PreferenceTrainer,
+)
+from fastpref.reference_policy import AdapterOff, Frozen
+from fastpref.train import ModelArguments, lora
 
 Options = Callable[..., dict[str, Any]]
 
@@ -154,3 +164,91 @@ def test_all_splits_where_one_is_trained_on(make: Any, tokenizer: Any, options: 
     trainer = DPOTrainer(make.model(), train_dataset=make.pairs(), **arguments)
     with pytest.raises(TypeError, match="test_dataset: expected one dataset"):
         trainer.predict(splits)
+
+
+SUMS = {"ref_chosen_logps": -3.0, "ref_rejected_logps": -4.0}
+
+
+@pytest.mark.parametrize(
+    ("loss", "columns", "message"),
+    [
+        ("ld_dpo", SUMS, "ld_dpo needs ref_chosen_tokens.*hold a sum for each response alone"),
+        ("selm", {**SUMS, "third": " w1 w2"}, "has no column 'ref_third_logps'"),
+        ("tdpo1", SUMS, "set precompute_ref_log_probs=False, and drop ref_"),
+    ],
+)
+def test_reference_columns_that_a_loss_cannot_do_with(
+    make: Any,
+    tokenizer: Any,
+    options: Options,
+    loss: str,
+    columns: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        PreferenceTrainer(
+            make.model(),
+            args=PreferenceConfig(**options(loss_type=loss)),
+            train_dataset=make.pairs(12, **columns),
+            processing_class=tokenizer,
+        )
+
+
+def test_weights_of_pairs_where_numbers_are_of_ranks(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    trainer = PreferenceTrainer(
+        make.model(),
+        args=PreferenceConfig(**options(loss_type="aot")),
+        train_dataset=make.pairs(12, weight=1.0),
+        processing_class=tokenizer,
+    )
+    with pytest.raises(ValueError, match=r"aot: its numbers are of ranks.*'weight'.*drop it"):
+        trainer.train()
+
+
+def test_rewards_are_logged_with_the_beta_that_trains(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    logged = []
+    for given in ({"beta": 0.5}, {"loss_args": {"beta": 0.5}}):
+        trainer = DPOTrainer(
+            make.model(),
+            make.model(1),
+            DPOConfig(**options(max_steps=1, **given)),
+            train_dataset=make.pairs(),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["rewards/margins"])
+    assert logged[0] == logged[1] != 0
+
+
+def test_an_adapter_that_trains_weights_of_the_base_has_a_copy_as_reference(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    """Switching the adapter off would not bring these back."""
+
+    def build(bias: str, **given: Any) -> Any:
+        return DPOTrainer(
+            make.model(attention_bias=True),
+            args=DPOConfig(**options(**given)),
+            train_dataset=make.pairs(),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], bias=bias),
+        )
+
+    assert isinstance(build("none").reference, AdapterOff)
+    reference = build("all").reference
+    assert isinstance(reference, Frozen)
+    assert not any(p.requires_grad for p in reference.models[0].parameters())
+    with pytest.raises(ValueError, match=r"sync_ref_model moves a full copy.*an adapter"):
+        build("none", sync_ref_model=True)
+
+
+def test_all_linear_layers_by_one_word() -> None:
+    assert lora(
+        ModelArguments(use_peft=True, lora_target_modules=["all-linear"])
+    ).target_modules == ("all-linear")
+    found = lora(ModelArguments(use_peft=True, lora_target_modules=["q_proj"])).target_modules
+    assert found == {"q_proj"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -256,8 +257,23 @@ def test_peak_memory_where_there_is_no_resource_module(monkeypatch: pytest.Monke
     """As on Windows."""
     cpu = torch.device("cpu")
     usual = peak_memory(cpu)
+    monkeypatch.setattr("fastpref.metrics._resident_peak", lambda: 0)
+    assert 0.9 * usual < peak_memory(cpu)  # may begin with the parent's
     monkeypatch.setitem(sys.modules, "resource", None)
     assert 0.1 * usual < peak_memory(cpu) <= 1.1 * usual
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells them apart")
+def test_peak_memory_is_not_that_of_the_parent() -> None:
+    child = "import torch, fastpref.metrics as m; print(m.peak_memory(torch.device('cpu')))"
+    parent = f"""
+import subprocess, sys
+len(b"x" * (1 << 30))
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 << 26 < int(done.stdout) < 0.9 * (1 << 30)
 
 
 def test_meter_leaves_repeated_examples_out() -> None:

@@ -218,7 +218,7 @@ def test_what_cannot_be_a_reference(make: Any, tokenizer: Any, options: Options)
         DPOTrainer(model, model, DPOConfig(**options()), **given)
     config = DPOConfig(**options(sync_ref_model=True))
     peft = LoraConfig(r=4, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="sync_ref_model moves one reference model of its own"):
+    with pytest.raises(ValueError, match="sync_ref_model moves a full copy of the policy"):
         DPOTrainer(model, args=config, peft_config=peft, **given)
     with pytest.raises(ValueError, match="no parameter is trainable"):
         DPOTrainer(make.model().requires_grad_(False), args=DPOConfig(**options()), **given)

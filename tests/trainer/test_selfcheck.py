@@ -137,6 +137,56 @@ def test_a_model_that_follows_no_mask_gets_a_row_for_each_sequence(
     assert next(iter(trainer.get_train_dataloader()))["attention_mask"].dim() == 2
 
 
+def test_windows_by_the_place_in_the_row_are_told_by_their_name(
+    make: Any, tokenizer: Any, options: Options, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-Neo's are longer than the rows of the check, which would pass."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=4,
+        window_size=64,
+        max_position_embeddings=128,
+    )
+    model, args = GPTNeoForCausalLM(config), DPOConfig(**options(max_steps=1))
+    trainer = DPOTrainer(model, args=args, train_dataset=make.pairs(), processing_class=tokenizer)
+    trainer.train()
+    assert not trainer.data_collator.packed
+    assert "windows that cannot follow packed rows" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    make: Any, tokenizer: Any, options: Options, tmp_path: Path
+) -> None:
+    """The loss is finite, so that nothing but the gradient's norm tells."""
+    from safetensors.torch import load_file
+
+    model, calls = make.model(), []
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return grad * torch.inf if len(calls) == 2 else grad
+
+    model.model.norm.weight.register_hook(spoil)
+    args = DPOConfig(**options(output_dir=str(tmp_path / "run"), save_steps=1, save_total_limit=1))
+    trainer = DPOTrainer(model, args=args, train_dataset=make.pairs(), processing_class=tokenizer)
+    with pytest.raises(FloatingPointError, match=r"the gradient of step 2 is not finite; .*rank 0"):
+        trainer.train()
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert all(w.isfinite().all() for w in saved.values())
+    # weights that are broken already are not put in the place of the last good ones
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(torch.nan)
+    trainer.state.global_step = 5
+    with pytest.raises(FloatingPointError, match="not finite either, and are not saved"):
+        trainer.loop._refuse(5)
+    assert not (tmp_path / "run" / "checkpoint-5").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     make: Any, tokenizer: Any, options: Options, tmp_path: Path
 ) -> None:

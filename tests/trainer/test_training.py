@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from fastpref import DPOConfig, DPOTrainer, PreferenceConfig, PreferenceTrainer
 
@@ -31,6 +32,24 @@ def sequence_logp(model: nn.Module, prompt: list[int], response: list[int]) -> T
     return logps.gather(-1, torch.tensor(response)[:, None]).sum()
 
 
+Gradients = dict[str, Tensor]
+
+
+def gradients(model: nn.Module) -> Gradients:
+    """A copy of what each trained parameter's gradient holds."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Keeps the gradients of each step, as the optimiser takes them: clipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[Gradients] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self.steps.append(gradients(model))
+
+
 def plain_dpo(
     model: nn.Module,
     reference: Callable[..., Tensor],
@@ -41,14 +60,17 @@ def plain_dpo(
     batch_size: int,
     learning_rate: float,
     beta: float,
-) -> list[float]:
-    """DPO in the plainest PyTorch: one sequence at a time, AdamW as transformers sets it up."""
+) -> tuple[list[float], list[Gradients]]:
+    """DPO in the plainest PyTorch: one sequence at a time, AdamW as transformers sets it up.
+
+    Returns the loss and the clipped gradients of each step.
+    """
     decayed = [p for n, p in model.named_parameters() if p.requires_grad and "norm" not in n]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "norm" in n]
     optimizer = torch.optim.AdamW(
         [{"params": decayed}, {"params": others}], lr=learning_rate, weight_decay=0.0
     )
-    found = []
+    losses, taken = [], []
     for step in range(steps):
         batch = rows[step * batch_size : (step + 1) * batch_size]
         optimizer.zero_grad()
@@ -62,9 +84,10 @@ def plain_dpo(
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        taken.append(gradients(model))
         optimizer.step()
-        found.append(total)
-    return found
+        losses.append(total)
+    return losses, taken
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -83,8 +106,14 @@ def test_ten_steps_equal_plain_pytorch(
         targets = ["q_proj", "v_proj", "down_proj"] + (["lm_head"] if "head" in adapter else [])
         config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     args = DPOConfig(**options(max_steps=10, beta=0.3, train_sampling_strategy="sequential"))
+    recorder = Recorder()
     trainer = DPOTrainer(
-        make.model(), args=args, train_dataset=pairs, processing_class=tokenizer, peft_config=config
+        make.model(),
+        args=args,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=config,
+        callbacks=[recorder],
     )
     model = make.model()
     base = copy.deepcopy(model).eval()
@@ -98,7 +127,7 @@ def test_ten_steps_equal_plain_pytorch(
             return sequence_logp(base, prompt, response)
 
     trainer.train()
-    expected = plain_dpo(
+    expected, wanted = plain_dpo(
         model,
         reference,
         tokenizer,
@@ -110,10 +139,14 @@ def test_ten_steps_equal_plain_pytorch(
     )
     torch.testing.assert_close(losses_of(trainer), expected, rtol=0, atol=1e-5)
     assert sum(expected[5:]) < sum(expected[:5]) - 0.1  # the second epoch knows the pairs
-    ours = dict(trainer.model.named_parameters())
+    assert len(recorder.steps) == len(wanted) == 10
+    for ours, theirs in zip(recorder.steps, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert max(grad.abs().max() for grad in theirs.values()) > 1e-2
+    weights = dict(trainer.model.named_parameters())
     for name, weight in model.named_parameters():
         # Adam divides by the gradient's size, which magnifies rounding where that is tiny.
-        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5)
 
 
 def test_gradients_equal_plain_pytorch(make: Any, tokenizer: Any, options: Options) -> None:

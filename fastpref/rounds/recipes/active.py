@@ -107,8 +107,10 @@ class Active(Sampled):
             count = target - len(labelled)
             kept, acquired = self._acquire(run, name, start, policy, left, count)
             labels = self._oracle.score(run, f"{name}/labels", acquired)
-            pairs = build_pairs(run, f"{name}/pairs", acquired, labels)
+            pairs = build_pairs(run, f"{name}/pairs", acquired, labels, may_be_empty=bool(known))
             labelled |= {row["id"] for row in acquired}
+            if not made(pairs):
+                logger.warning("%s: all %d labels are ties and teach nothing", name, len(acquired))
             known += made(pairs)
             new = train(
                 run,

@@ -65,6 +65,11 @@ class DICE(OnPolicy):
         number = isinstance(self.penalty, (int, float)) and not isinstance(self.penalty, bool)
         if self.penalty != "search" and not number:
             raise ValueError(f"penalty must be 'search' or a number, got {self.penalty!r}")
+        if number and not math.isfinite(self.penalty):
+            raise ValueError(f"penalty must be a finite number, got {self.penalty}")
+        for name in ("penalty_step", "penalty_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""

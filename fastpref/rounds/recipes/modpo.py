@@ -60,7 +60,7 @@ class MODPO(Recipe):
         self._margins = {name: make_scorer(scorer) for name, scorer in given.items()}
         self._reward: Scorer | None = None if self.reward is None else make_scorer(self.reward)
         for name, scorer in [*self._margins.items(), ("reward", self._reward)]:
-            if scorer is not None and scorer.probability:
+            if scorer is not None and scorer.comparative:
                 raise ValueError(
                     f"{name}: a ranker compares answers with each other, and what is wanted is a "
                     "reward for each: give a reward model or a function, or make it the judge"

@@ -34,7 +34,8 @@ class SDPO(Recipe):
         fractions: Shares of the data, in the order of the stages; they sum to 1.
         source_column: Where a row says its source.
         loss: Of :mod:`fastpref.losses`.
-        probe: Number of held-out pairs that gamma_ref is measured on.
+        probe: Number of held-out pairs that gamma_ref is measured on; of the pairs trained on
+            where none are held out, and the report says so.
     """
 
     stages: str = "source"
@@ -54,6 +55,13 @@ class SDPO(Recipe):
             min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6
         ):
             raise ValueError(f"fractions must be above 0 and sum to 1, got {self.fractions}")
+        if self.stages == "fractions" and isinstance(self.dataset, Mapping):
+            raise ValueError(
+                "stages='fractions' cuts one dataset, and dataset is a mapping: give one, or say "
+                "stages='source' for a stage of each"
+            )
+        if self.probe < 1:
+            raise ValueError(f"probe must be at least 1, got {self.probe}")
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
@@ -87,6 +95,8 @@ class SDPO(Recipe):
                 "gamma_ref": sum(gamma) / len(gamma),
                 "accuracy of the reference": accuracy(gamma),
             }
+            if not held_out:
+                shown["gamma_ref is of"] = "training pairs"
             begun = first_loss(new)
             if begun is not None:
                 shown["first loss"] = begun
@@ -107,7 +117,7 @@ class SDPO(Recipe):
         return chunks, held_out
 
     def _sources(self) -> list[Chunk]:
-        if self.stages == "fractions" and not isinstance(self.dataset, Mapping):
+        if self.stages == "fractions":
             parts = cut(list(load_dataset(self.dataset)), self.fractions, self.seed)
             named = [(str(number), rows) for number, rows in enumerate(parts, 1)]
         else:
