@@ -233,6 +233,14 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
             )
         divergence = names[self.f_divergence_type]
         alpha = self.f_alpha_divergence_coef if divergence == "alpha" else None
+        if (
+            alpha is None
+            and self.f_alpha_divergence_coef != PreferenceConfig.f_alpha_divergence_coef
+        ):
+            raise ValueError(
+                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef} has no effect with "
+                f"f_divergence_type={self.f_divergence_type!r}: set 'alpha_divergence', or drop it"
+            )
         return {
             "label_smoothing": ("label_smoothing", self.label_smoothing),
             "f_divergence_type": ("f_divergence", divergence),

@@ -60,7 +60,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return self.loss if self.beta is None else f"{self.loss}-{self.beta:g}"
+        return self.loss if self.beta is None else f"{self.loss}-{self.beta!r}"
 
 
 def cells_of(losses: Sequence[str], betas: Sequence[float]) -> list[Cell]:
@@ -109,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
     if settings.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {settings.steps}")
+    if given.ref_cache_dir == "none":
+        raise ValueError("--ref-cache-dir none: the cells share one pass, which has to be kept")
     if given.judge and min(settings.new_tokens, settings.answers) < 1:
         raise ValueError("--judge compares answers: --new-tokens and --answers must be at least 1")
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from fastpref import backends, cli, doctor
+from fastpref import backends, cli, doctor, registered
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +62,17 @@ def test_environment_variables_that_are_set_are_shown(capsys, monkeypatch):
     monkeypatch.setenv("FASTPREF_CACHE", "/some where")
     cli.main(["doctor"])
     assert re.search(r"FASTPREF_CACHE +/some where", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("value", ["1", "0", "", "true"])
+def test_debugging_means_the_same_everywhere(capsys, monkeypatch, value):
+    monkeypatch.setenv("FASTPREF_DEBUG", value)
+    try:
+        cli.main(["losses", "no such loss"])
+        tracebacks = False
+    except ValueError:
+        tracebacks = True
+    assert tracebacks == registered._debug() == (value == "1")
 
 
 def test_every_environment_variable_is_documented(read):

@@ -242,7 +242,7 @@ def test_a_judge_compares_the_answers_with_those_of_the_start(
         run(tmp_path, *given, "--judge", f"{file}:nothing")
     with pytest.raises(ValueError, match="names no function"):
         run(tmp_path, *given, "--judge", f"{file}:nobody")
-    with pytest.raises(ValueError, match="--new-tokens 0 asks for none"):
+    with pytest.raises(ValueError, match="--new-tokens and --answers must be at least 1"):
         run(tmp_path, *given, "--new-tokens", "0", "--judge", f"{file}:same")
 
 

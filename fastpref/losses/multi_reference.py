@@ -56,6 +56,8 @@ def reference_weights(
     if not isinstance(weights, str):
         if len(weights) != k:
             raise ValueError(f"weights has {len(weights)} numbers for {k} references")
+        if min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"weights: expected numbers of at least 0, not all 0, got {weights}")
         alpha = chosen.new_tensor(weights)[:, None].expand_as(chosen)
         return alpha.flip(0) if arwc_convention == "released_code" else alpha
     if weights == "uniform":

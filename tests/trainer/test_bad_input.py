@@ -252,3 +252,9 @@ def test_all_linear_layers_by_one_word() -> None:
     ).target_modules == ("all-linear")
     found = lora(ModelArguments(use_peft=True, lora_target_modules=["q_proj"])).target_modules
     assert found == {"q_proj"}
+
+
+def test_the_alpha_of_another_divergence(options: Options) -> None:
+    with pytest.raises(ValueError, match=r"f_alpha_divergence_coef=0\.3 has no effect"):
+        DPOConfig(**options(f_alpha_divergence_coef=0.3)).loss_options()
+    DPOConfig(**options(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3))
