@@ -1,6 +1,6 @@
 """The recipes' claims at toy scale: every expectation as a measured row, whatever its sign.
 
-    python benchmarks/recipes/toy.py                    # all of them: minutes on one thread
+    python benchmarks/recipes/toy.py                    # all of them: some minutes of an idle core
     python benchmarks/recipes/toy.py --only lr_dpo --seeds 8
     python benchmarks/recipes/toy.py --table            # write the page from the rows there are
 

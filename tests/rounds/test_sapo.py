@@ -325,7 +325,7 @@ def test_a_step_that_is_refused_leaves_the_buffer_as_it_was(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 with torch.no_grad():
-                    kwargs["model"].lm_head.weight.fill_(float("inf"))
+                    kwargs["model"].lm_head.weight.fill_(3e38)  # finite, its logits are not
 
     steps = start(make, tmp_path, policy, {})
     steps.trainer.add_callback(Break())
