@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_what_a_command_raises_becomes_words_and_a_status(
 
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
-        f"set -o pipefail; {sys.executable} -m fastpref losses | head -1",
+        f"set -o pipefail; {shlex.quote(sys.executable)} -m fastpref losses | head -1",
         shell=True,
         executable="/bin/bash",
         capture_output=True,

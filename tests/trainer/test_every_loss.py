@@ -186,7 +186,8 @@ class Truth:
             fields |= {f"ref_{side}": fields[f"ref_{side}"][0] for side in ("chosen", "rejected")}
         made: Any = {"pair": PairLogps, "unpaired": UnpairedLogps, "group": GroupLogps}[self.kind]
         torch.manual_seed(0)  # of the losses that draw
-        loss = (combined(made(**fields)) * fields["weights"]).sum() / SIZE
+        scale = fields.pop("weights") if combined.aligned else fields.pop("weights") * 0 + 1
+        loss = (combined(made(**fields)) * scale).sum() / SIZE
         weights = list(self.policy.parameters())
         return loss, list(torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True))
 
@@ -221,6 +222,8 @@ def trainer_of(
         )
     )
     rows: Any = rows_of(entry.kind)
+    if not entry.aligned:  # no pair has a number of its own to be weighed
+        rows = rows.remove_columns("weight")
     several = range(1, 1 + (REFERENCES if "refs" in entry.needs else 1))
     return PreferenceTrainer(
         make.model(0, initializer_range=0.1),
