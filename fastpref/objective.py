@@ -33,6 +33,8 @@ FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched", "prom
 """Needs that the policy's own forward meets."""
 FROM_REFERENCE = frozenset({"ref", "refs", "ref_tokens", *contrast.NEEDS})
 """Needs that the reference meets; some want its forward beside the policy's."""
+BEYOND_SUMS = frozenset({"mismatched", "ref_tokens"})
+"""Needs that a reference in columns cannot meet, which are a sum for each response."""
 FROM_COLUMNS: dict[str, dict[str, dict[str, str]]] = {
     "pair": {
         "scores": {"chosen_scores": "chosen_score", "rejected_scores": "rejected_score"},
@@ -104,32 +106,33 @@ def check_needs(
     """
     known = FROM_COLUMNS[combined.kind]
     for word in sorted(combined.needs):
-        missing = [name for name in known.get(word, {}).values() if name not in columns]
-        if given and not missing and "ref" in combined.needs:
-            missing = [
-                f"ref_{n}_logps" for n in {word} & {*EXTRAS} if f"ref_{n}_logps" not in columns
-            ]
-        if given and word in ("mismatched", "ref_tokens"):
-            raise ValueError(
-                f"{' and '.join(n for n in combined.names if _needs(n, word))} needs "
-                f"{', '.join(BATCHES[combined.kind].fields[word])}: {losses.SOURCES[word]}. The "
-                "ref_*_logps columns hold a sum for each response alone: drop them, so that a "
-                "reference model scores the data"
-            )
-        if word in FROM_FORWARD or (word in known and not missing):
-            continue
+        wanted = [*known.get(word, {}).values()]
+        if given and word in EXTRAS and "ref" in combined.needs:
+            wanted.append(f"ref_{word}_logps")
+        missing = [name for name in wanted if name not in columns]
+        sums = given and word in BEYOND_SUMS
         enough = references >= (2 if word == "refs" else 1)
-        if word in FROM_REFERENCE and enough and (live or word not in contrast.NEEDS):
+        met = word in FROM_FORWARD or (word in known and not missing)
+        met |= word in FROM_REFERENCE and enough and (live or word not in contrast.NEEDS)
+        if met and not sums:
             continue
         asking = " and ".join(name for name in combined.names if _needs(name, word)) or "the loss"
         fields = ", ".join(BATCHES[combined.kind].fields[word])
         if missing:
-            end = f" The dataset has no column {missing[0]!r}."
+            end = f"The dataset has no column {missing[0]!r}."
+        elif sums:
+            end = (
+                "The ref_*_logps columns hold a sum for each response alone: drop them, so that a "
+                "reference model scores the data."
+            )
+        elif enough:
+            end = (
+                "The reference is not run with the policy: set precompute_ref_log_probs=False, and "
+                "drop ref_*_logps columns."
+            )
         else:
-            live_only = " The reference is not run with the policy: set precompute_ref_log_probs="
-            live_only += "False, and drop ref_*_logps columns."
-            end = live_only if enough else " The run has none."
-        raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}.{end}")
+            end = "The run has none."
+        raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}. {end}")
 
 
 def _needs(name: str, word: str) -> bool:

@@ -331,6 +331,7 @@ def choose_reference(
             )
         return Reference()
     options = args.head_options()
+    adapter_off = hasattr(model, "peft_config") and not base_trains(model)
     if given is not None:
         listed = list(given) if isinstance(given, (list, tuple)) else [given]
         tokenizers = (
@@ -360,13 +361,13 @@ def choose_reference(
     elif set(REF_COLUMNS[combined.kind]) <= set(columns):
         logger.info("the reference's log-probs come from the dataset's columns")
         reference = Stored()
-    elif divided(model) and (args.precompute_ref_log_probs or not hasattr(model, "peft_config")):
+    elif divided(model) and (args.precompute_ref_log_probs or not adapter_off):
         raise ValueError(
             "DeepSpeed ZeRO-3 has divided the model as it was loaded, so that the reference can be "
             "no copy of it, and it cannot score the data before training: pass ref_model by name, "
             "or train an adapter without precompute_ref_log_probs"
         )
-    elif hasattr(model, "peft_config") and not base_trains(model):
+    elif adapter_off:
         reference = AdapterOff(None if fresh else keep_start_adapter(model), **options)
     elif args.precompute_ref_log_probs:
         reference = Start(**options)
