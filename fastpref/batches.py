@@ -139,6 +139,32 @@ def count(batch: Batch) -> int:
     return len(next(batch[name] for name in ("pairs", "groups", "label") if name in batch))
 
 
+def tokenised(dataset: Any, tokenizer: Any, args: Any, kind: str, **more: Any) -> Any:
+    """:func:`fastpref.data.tokenize_dataset` with the options of a config: rows and report.
+
+    Args:
+        dataset: As for :func:`prepare_dataset`.
+        tokenizer: Of the model.
+        args: A :class:`fastpref.PreferenceConfig`.
+        kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
+        **more: What no config holds.
+    """
+    return tokenize_dataset(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        max_prompt_length=args.max_prompt_length,
+        max_completion_length=args.max_completion_length,
+        kind=kind,  # type: ignore[arg-type]
+        unpair=kind == "unpaired",
+        num_proc=args.dataset_num_proc,
+        max_bad_rows=args.max_bad_rows,
+        assistant_only=args.assistant_only_loss,
+        **more,
+    )
+
+
 def prepare_dataset(
     dataset: Any,
     tokenizer: Any,
@@ -162,22 +188,9 @@ def prepare_dataset(
         whole: Drop rows that a limit would cut.
     """
     with args.main_process_first(desc=f"tokenising {name}"):
-        dataset, report = tokenize_dataset(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-            kind=kind,  # type: ignore[arg-type]
-            unpair=kind == "unpaired",
-            num_proc=args.dataset_num_proc,
-            max_bad_rows=args.max_bad_rows,
-            vocab_size=vocab_size,
-            whole=whole,
-            assistant_only=args.assistant_only_loss,
-            desc=f"Tokenising {name}",
-        )
+        desc = f"Tokenising {name}"
+        more = {"vocab_size": vocab_size, "whole": whole, "desc": desc}
+        dataset, report = tokenised(dataset, tokenizer, args, kind, **more)
         dataset = extend(dataset)
     if args.should_log and not report.streaming and (report.bad or report.notes):
         report.print()

@@ -191,7 +191,7 @@ def _lengths(
 def _measured(
     data: ScriptArguments, model: ModelArguments, config: PreferenceConfig, kind: Any
 ) -> tuple[Lengths, frozenset[str]]:
-    from fastpref.data import tokenize_dataset
+    from fastpref.batches import tokenised
     from fastpref.data.formats import response_names
     from fastpref.data.tokenize import token_counts
     from fastpref.models import load_tokenizer
@@ -200,17 +200,7 @@ def _measured(
     assert model.model_name_or_path is not None
     tokenizer = load_tokenizer(model.model_name_or_path, trust_remote_code=config.trust_remote_code)
     dataset, _ = load_data(data, config)
-    rows, _ = tokenize_dataset(
-        dataset,
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        max_prompt_length=config.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        kind=kind,
-        unpair=kind == "unpaired",
-        num_proc=config.dataset_num_proc,
-    )
+    rows, _ = tokenised(dataset, tokenizer, config, kind)
     names = ["prompt", *response_names(rows.column_names, kind)]
     counts = token_counts(rows, [f"{name}_ids" for name in names])
     found = zip(*(column.tolist() for column in counts.values()), strict=True)
