@@ -380,8 +380,8 @@ def choose_reference(
         )
     if args.sync_ref_model and len(reference.models) != 1:
         raise ValueError(
-            "sync_ref_model moves one reference model of its own, and this run has none (adapters, "
-            "stored log-probs) or several: pass one ref_model, or set sync_ref_model=False"
+            "sync_ref_model moves one reference model of its own, and this run has none "
+            "(stored log-probs) or several: pass one ref_model, or set sync_ref_model=False"
         )
     if args.sync_ref_model and is_deepspeed_zero3_enabled():
         raise ValueError("sync_ref_model cannot move weights that DeepSpeed ZeRO-3 has divided")

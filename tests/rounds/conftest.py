@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import fastpref
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [f"w{i}" for i in range(12)]
@@ -97,6 +103,40 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 def other_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another's."""
     return save_policy(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def stopped_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str, str, Callable[[Path], None]], list[Path]]:
+    """Runs a script killed and gone on with, and the same in one go; the folders of both.
+
+    The script is given this folder, a folder with a policy, and a word: ``kill`` has it kill itself
+    with SIGKILL, ``live`` does not. ``killed`` is called with the folder after that.
+    """
+
+    def play(
+        source: str, kill: str, live: str, killed: Callable[[Path], None] = lambda folder: None
+    ) -> list[Path]:
+        script = tmp_path / "killed.py"
+        script.write_text(source)
+        folders = [tmp_path / "stopped", tmp_path / "whole"]
+        for folder in folders:
+            save_policy(folder / "policy")
+            arguments = [str(script), str(Path(__file__).parent), str(folder)]
+            if folder.name == "stopped":
+                path = str(Path(fastpref.__file__).parents[1])
+                env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+                command = [sys.executable, *arguments, kill]
+                done = subprocess.run(command, env=env, capture_output=True, timeout=180)
+                assert done.returncode == -9, done.stderr.decode()
+                killed(folder)
+            monkeypatch.setattr(sys, "argv", [*arguments, live])
+            monkeypatch.setattr(sys, "path", list(sys.path))
+            runpy.run_path(str(script))
+        return folders
+
+    return play
 
 
 @pytest.fixture

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import fastpref
 from fastpref import rounds
 from fastpref.rounds.acquire import keep, uncertainty
 from fastpref.rounds.command import main
@@ -353,23 +348,11 @@ rounds.Active(
 
 
 def test_a_killed_run_ends_with_the_same_labels_and_weights(
-    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+    stopped_and_whole: Callable[..., list[Path]],
 ) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
     found = []
-    for folder in ("stopped", "whole"):
-        make.policy(tmp_path / folder / "policy")
-        arguments = [str(script), str(Path(__file__).parent), str(tmp_path / folder)]
-        if folder == "stopped":
-            path = str(Path(fastpref.__file__).parents[1])
-            env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-            command = [sys.executable, *arguments, "kill"]
-            done = subprocess.run(command, env=env, capture_output=True, timeout=180)
-            assert done.returncode == -9, done.stderr.decode()
-        monkeypatch.setattr(sys, "argv", [*arguments, "live"])
-        runpy.run_path(str(script))
-        last = tmp_path / folder / "run" / "round-2"
+    for folder in stopped_and_whole(KILLED, "kill", "live"):
+        last = folder / "run" / "round-2"
         weights = load_file(last / "train" / "model" / "model.safetensors")
         found.append((table(last, "pairs"), table(last, "labels"), weights))
     assert found[0][:2] == found[1][:2]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import fastpref
 from fastpref import PreferenceConfig, PreferenceTrainer, rounds
 from fastpref.rounds import Sampling, SelfPlay, SelfPlayTrainer, choose_segment, ema_update, splice
 from fastpref.rounds.replay import ReplayBuffer
@@ -398,26 +393,15 @@ self_play.Opponent.play = play
 
 
 def test_a_killed_run_ends_with_the_same_weights_and_buffer(
-    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+    stopped_and_whole: Callable[..., list[Path]],
 ) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
+    def killed(folder: Path) -> None:
+        stage = folder / "run" / "round-1" / "train.partial"
+        assert (stage / "trainer" / "checkpoint-3").is_dir()
+
     found = []
-    for name in ("stopped", "whole"):
-        make.policy(tmp_path / name / "policy")
-        arguments = [str(script), str(Path(__file__).parent), str(tmp_path / name)]
-        if name == "stopped":
-            path = str(Path(fastpref.__file__).parents[1])
-            env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-            command = [sys.executable, *arguments, "3"]
-            done = subprocess.run(command, env=env, capture_output=True, timeout=180)
-            assert done.returncode == -9, done.stderr.decode()
-            stage = tmp_path / name / "run" / "round-1" / "train.partial"
-            assert (stage / "trainer" / "checkpoint-3").is_dir()
-        monkeypatch.setattr(sys, "argv", [*arguments, "-1"])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        runpy.run_path(str(script))
-        folder = tmp_path / name / "run" / "round-1" / "train"
+    for whole in stopped_and_whole(KILLED, "3", "-1", killed):
+        folder = whole / "run" / "round-1" / "train"
         losses = [row.get("loss") for row in read_jsonl(folder / "trainer" / "metrics.jsonl")]
         tables = [read_jsonl(folder / "trainer" / "negatives.jsonl"), losses]
         found.append((tables, load_file(folder / "model" / "model.safetensors")))
