@@ -75,11 +75,13 @@ def preference_loss(name: str, logps: Tensor) -> Tensor:
 
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "logprobs": lambda logps: logps,
+    "statistics": lambda logps: logps,
     "cross_entropy": lambda logps: -logps.sum(),
     **{name: partial(preference_loss, name) for name in PREFERENCE},
 }
 """What a system computes, from the per-token log-probabilities. ``logprobs`` takes any upstream
-gradient per token; the others are scalars, which some peers offer only."""
+gradient per token, ``statistics`` is the same with the tokens' statistics asked for too; the others
+are scalars, which some peers offer only."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
+from fastpref.operands import Operands, compute_dtype
 from fastpref.parallel import Shard
 from fastpref.schedule import Plan, plan
-from fastpref.scratch import Arena, lend, nbytes, scratch
+from fastpref.scratch import lend, nbytes, scratch
 
-# A product this narrow is summed term by term by some CPU libraries (MKL on AMD): the error grows
-# with the root of the number of terms. So it is made of short sums.
-NARROW_ROWS, NARROW_COLUMNS, SHORT_SUM = 4, 12, 256
+WORTH_GATHERING = 0.9
+"""Share of a chunk's rows below which its backward gathers those that have a gradient."""
 
 
 class Problem(NamedTuple):
@@ -51,6 +51,19 @@ class Problem(NamedTuple):
         return self.need_weight_grad or self.need_bias_grad
 
 
+class _Chunk(NamedTuple):
+    """Rows ``start:end``, or those of them that :attr:`live` counts from ``start``."""
+
+    start: int
+    end: int
+    live: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The chunk's part of ``x (N, ...)``."""
+        x = x[self.start : self.end]
+        return x if self.live is None else x.index_select(0, self.live)
+
+
 class Saved(NamedTuple):
     """What the forward leaves for the backward; empty where nobody needs it."""
 
@@ -62,11 +75,6 @@ class Saved(NamedTuple):
     """M under which each kept tile was stored, ``(kept_tiles, N)``."""
     kept: Tensor
     """E of the kept tiles, flat: chunk after chunk, in a chunk tile after tile. Dtype of hidden."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, sums and results: float64 for float64, else fp32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def plan_for(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> Plan:
@@ -93,74 +101,6 @@ def saved_shapes(
         (kept, num_rows),
         (num_rows * min(kept * p.tile, vocab_size),),
     )
-
-
-class _Operands:
-    """The GEMMs, and the conversion of their operands where the device has no low-precision product
-    with fp32 output.
-
-    On CUDA a GEMM takes bf16 or fp16 and writes fp32. Elsewhere operands are converted, tile by
-    tile, into scratch.
-    """
-
-    def __init__(self, arena: Arena, p: Plan, hidden: Tensor, weight: Tensor) -> None:
-        self.dtype = compute_dtype(hidden.dtype)
-        self.mixed = hidden.dtype != self.dtype and hidden.device.type == "cuda"
-        self.converts = hidden.dtype != self.dtype and not self.mixed
-        self.gemm_dtype = hidden.dtype if self.mixed else self.dtype
-        size = weight.shape[1]
-        rows, tile = min(p.rows, hidden.shape[0]), min(p.tile, weight.shape[0])
-        self.z = arena.take(rows * tile, dtype=self.dtype)
-        self.low = arena.take(rows * tile if self.mixed else 0, dtype=hidden.dtype)
-        self.row_buffer = arena.take(rows * size, dtype=self.gemm_dtype)
-        self.tile_buffer = arena.take(tile * size if self.converts else 0, dtype=self.dtype)
-
-    @staticmethod
-    def size(p: Plan, hidden: Tensor, weight: Tensor) -> int:
-        """Bytes of scratch for the tensors above."""
-        wide = compute_dtype(hidden.dtype).itemsize
-        rows, tile = min(p.rows, hidden.shape[0]), min(p.tile, weight.shape[0])
-        size = weight.shape[1]
-        low = rows * tile * hidden.element_size()
-        return nbytes(rows * tile * wide, low, rows * size * wide, tile * size * wide)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """A chunk of hidden as a GEMM operand."""
-        return self._convert(x, self.row_buffer)
-
-    def tile(self, w: Tensor) -> Tensor:
-        """A tile of the weight as a GEMM operand."""
-        return self._convert(w, self.tile_buffer)
-
-    def logits(self, n: int, width: int) -> Tensor:
-        """An uninitialised ``(n, width)`` tile of logits."""
-        return self.z[: n * width].view(n, width)
-
-    def low_tile(self, n: int, width: int) -> Tensor:
-        """An uninitialised ``(n, width)`` tile of E in the GEMM's dtype."""
-        return self.low[: n * width].view(n, width)
-
-    def _convert(self, x: Tensor, buffer: Tensor) -> Tensor:
-        if not self.converts:
-            return x
-        return buffer[: x.numel()].view(x.shape).copy_(x)
-
-    def mm(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-        """``out = a @ b`` or ``out += a @ b``, out in the compute dtype."""
-        narrow = out.shape[0] < NARROW_ROWS or out.shape[1] < NARROW_COLUMNS
-        if self.mixed and accumulate:
-            torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
-        elif self.mixed:
-            torch.mm(a, b, out_dtype=self.dtype, out=out)
-        elif narrow and out.device.type == "cpu":
-            if not accumulate:
-                out.zero_()
-            for k in range(0, a.shape[1], SHORT_SUM):
-                out += a[:, k : k + SHORT_SUM] @ b[k : k + SHORT_SUM]
-        elif accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
 
 
 def _kept_tile(
@@ -206,8 +146,8 @@ def forward(
     local = targets if shard is None else shard.localise(targets)
     in_place = saved.unit_grad.dtype == dtype
     acc_bytes = 0 if in_place else min(p.rows, n) * weight.shape[1] * dtype.itemsize
-    with scratch(hidden.device, nbytes(_Operands.size(p, hidden, weight), acc_bytes)) as arena:
-        ops = _Operands(arena, p, hidden, weight)
+    with scratch(hidden.device, nbytes(Operands.size(p, hidden, weight), acc_bytes)) as arena:
+        ops = Operands(arena, p, hidden, weight)
         acc_buffer = arena.take(acc_bytes // dtype.itemsize, dtype=dtype)
         for r0, r1 in p.chunks(n):
             h = ops.rows(hidden[r0:r1])
@@ -302,6 +242,27 @@ def _rescale_rows_(
         out.index_copy_(0, moved, rows)
 
 
+def _live_chunks(toward: Tensor, away: Tensor, p: Plan) -> list[_Chunk]:
+    """The chunks of rows for the backward of the head, without rows whose two factors ``(N,)`` are
+    both 0.
+
+    That is so on CPU, where looking costs nothing. A GPU would have to be waited for; there such
+    rows are multiplied by their 0.
+    """
+    every = [_Chunk(*bounds) for bounds in p.chunks(away.numel())]
+    if away.device.type != "cpu":
+        return every
+    counts = (toward != 0.0) | (away != 0.0)
+    chunks = []
+    for chunk in every:
+        live = chunk.of(counts).nonzero()[:, 0]
+        if live.numel() > WORTH_GATHERING * (chunk.end - chunk.start):
+            chunks.append(chunk)
+        elif live.numel():
+            chunks.append(chunk._replace(live=live))
+    return chunks
+
+
 def _head_gradients(
     grad: Tensor,
     hidden: Tensor,
@@ -314,7 +275,7 @@ def _head_gradients(
     """Gradients of weight and bias: a vocabulary tile at a time, its rows summed in the compute
     dtype."""
     kernels = backends.select(problem.backend, hidden)
-    n, v, size = hidden.shape[0], weight.shape[0], weight.shape[1]
+    v, size = weight.shape
     p = plan_for(hidden, weight, problem.memory_budget)
     dtype = compute_dtype(hidden.dtype)
     targets = targets.masked_fill(targets == problem.ignore_index, -1)
@@ -326,37 +287,43 @@ def _head_gradients(
     bias_c = None if bias is None else bias.to(dtype)
     dbias = grad.new_zeros((v if problem.need_bias_grad else 0,))
     slice_bytes = p.tile * size * dtype.itemsize
-    with scratch(hidden.device, nbytes(_Operands.size(p, hidden, weight), slice_bytes)) as arena:
-        ops = _Operands(arena, p, hidden, weight)
+    with scratch(hidden.device, nbytes(Operands.size(p, hidden, weight), slice_bytes)) as arena:
+        ops = Operands(arena, p, hidden, weight)
         slice_buffer = arena.take(p.tile * size, dtype=dtype)
         # after the scratch, so that a first call does not take the slab of the forward's
         trained = v if problem.need_weight_grad else 0
         dweight = lend(trained, size, dtype=weight.dtype, device=weight.device)
 
-        def exponentials(t: int, r0: int, r1: int, v0: int, v1: int) -> tuple[Tensor, Tensor]:
+        def exponentials(t: int, chunk: _Chunk, v0: int, v1: int) -> tuple[Tensor, Tensor]:
             """G of a tile, kept or recomputed, and the factor that takes its rows to the
             gradient."""
+            top, factor = chunk.of(maximum), chunk.of(away)
+            z = ops.logits(top.numel(), v1 - v0)
             if t < p.kept_tiles:
-                kept = _kept_tile(saved.kept, p, v, r0, r1, v0, v1)
-                shrink = torch.exp(saved.offsets[t, r0:r1] - maximum[r0:r1])
-                factor = torch.where(away[r0:r1] == 0.0, 0.0, away[r0:r1] * shrink)
-                return (ops.logits(r1 - r0, v1 - v0).copy_(kept) if ops.converts else kept), factor
-            z = ops.logits(r1 - r0, v1 - v0)
-            ops.mm(z, ops.rows(hidden[r0:r1]), ops.tile(weight[v0:v1]).t())
+                kept = _kept_tile(saved.kept, p, v, chunk.start, chunk.end, v0, v1)
+                shrink = torch.exp(chunk.of(saved.offsets[t]) - top)
+                factor = torch.where(factor == 0.0, 0.0, factor * shrink)
+                if ops.converts:
+                    return z.copy_(kept if chunk.live is None else kept[chunk.live]), factor
+                if chunk.live is not None:
+                    kept = torch.index_select(kept, 0, chunk.live, out=z)
+                return kept, factor
+            ops.mm(z, ops.rows(chunk.of(hidden)), ops.tile(weight[v0:v1]).t())
             # Started at the final maximum, the same sweep stores E under it.
-            state = _new_state(r1 - r0, z)
-            state[0] = maximum[r0:r1]
-            operand = ops.low_tile(r1 - r0, v1 - v0) if ops.mixed else z
+            state = _new_state(top.numel(), z)
+            state[0] = top
+            operand = ops.low_tile(*z.shape) if ops.mixed else z
             tile_bias = None if bias_c is None else bias_c[v0:v1]
             kernels.sweep_(
-                *(z, operand, state, None, None, targets[r0:r1], tile_bias, v0),
+                *(z, operand, state, None, None, chunk.of(targets), tile_bias, v0),
                 *(problem.scale, problem.softcap, False),
             )
-            return operand, away[r0:r1]
+            return operand, factor
 
+        chunks = _live_chunks(toward, away, p)
         # On CPU the scaled rows of a lone chunk outlive the tile, unless the buffer converts
         # operands.
-        reusable = hidden.device.type == "cpu" and p.rows >= n and not ops.converts
+        reusable = hidden.device.type == "cpu" and len(chunks) == 1 and not ops.converts
         previous: Tensor | None = None
         for t, (v0, v1) in enumerate(p.tiles(v)):
             if problem.need_weight_grad and dweight.dtype == dtype:
@@ -364,15 +331,18 @@ def _head_gradients(
             else:
                 total = slice_buffer[: (v1 - v0) * size].view(v1 - v0, size)
             column_sum = slice_buffer.new_zeros(v1 - v0)
-            for r0, r1 in p.chunks(n):
-                operand, factor = exponentials(t, r0, r1, v0, v1)
+            if not chunks:
+                total.zero_()
+            for i, chunk in enumerate(chunks):
+                operand, factor = exponentials(t, chunk, v0, v1)
                 if problem.need_bias_grad:
                     column_sum.addmv_(operand.to(dtype).t(), factor)
                 if problem.need_weight_grad:
-                    scaled = ops.row_buffer[: (r1 - r0) * size].view(r1 - r0, size)
-                    _rescale_rows_(kernels, scaled, hidden[r0:r1], factor, previous)
+                    r0, r1 = chunk.start, chunk.end
+                    scaled = ops.row_buffer[: factor.numel() * size].view(-1, size)
+                    _rescale_rows_(kernels, scaled, chunk.of(hidden), factor, previous)
                     previous = factor if reusable else None
-                    ops.mm(total, operand.t(), scaled, accumulate=r0 > 0)
+                    ops.mm(total, operand.t(), scaled, accumulate=i > 0)
                     kernels.add_target_rows_(
                         total, hidden[r0:r1], targets[r0:r1], toward[r0:r1], v0
                     )
@@ -384,6 +354,4 @@ def _head_gradients(
         counted = (targets >= 0) & (targets < v)
         here = (targets.clamp(0, v - 1),)
         dbias.index_put_(here, torch.where(counted, toward, 0.0), accumulate=True)
-    if n == 0:
-        dweight.zero_()
     return dweight, dbias.to(weight.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastpref import backends, linear, ops
 from fastpref.case import OPS, PREFERENCE, Case, Passes, System, differentiable, pairs_of, uneven
 from fastpref.costs import SCHEDULES
+from fastpref.operands import compute_dtype
 
 
 def _fastpref(backend: str, op: str = "logprobs") -> System:
@@ -29,14 +30,14 @@ def _fastpref(backend: str, op: str = "logprobs") -> System:
         budget = 0 if case.schedule == "recompute" else case.budget
 
         def function(hidden: Tensor, weight: Tensor) -> Tensor:
-            logps = ops.linear_logprobs(
+            out = ops.linear_logprobs(
                 *(hidden, weight, case.targets),
                 softcap=case.softcap,
+                return_stats=op == "statistics",
                 backend=backend,
                 memory_budget=budget,
             )
-            assert isinstance(logps, Tensor)
-            return OPS[op](logps)
+            return OPS[op](out if isinstance(out, Tensor) else out[0])
 
         return differentiable(case, function)
 
@@ -56,7 +57,7 @@ def _gemms(case: Case) -> Passes:
     hidden, weight = case.hidden.detach(), case.weight.detach()
     n, v = hidden.shape[0], weight.shape[0]
     p = linear.plan_for(hidden, weight, 0 if case.schedule == "recompute" else case.budget)
-    wide = linear.compute_dtype(hidden.dtype)
+    wide = compute_dtype(hidden.dtype)
     on_gpu = case.device == "cuda" and hidden.dtype != wide
     low = hidden.dtype if on_gpu else wide
     hidden, weight = hidden.to(low), weight.to(low)
@@ -255,7 +256,7 @@ def systems(plugins: list[str] | None = None) -> list[System]:
     liger_losses = _needs("liger_kernel.chunked_loss", softcap=False, even=True)
     found = [
         System("gemms", "gemms", _gemms, schedules=SCHEDULES),
-        *(_fastpref(backend) for backend in backends.NAMES),
+        *(_fastpref(name, op) for op in ("logprobs", "statistics") for name in backends.NAMES),
         System("torch", "logprobs", _plain("logprobs"), schedules=SCHEDULES),
         System("torch.compile", "logprobs", _compiled),
         System("torch.linear_cross_entropy", "logprobs", _torch_chunked("logprobs"), no_cap),

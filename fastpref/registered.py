@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpref import backends, linear
 from fastpref.library import differentiable, fake, op
 from fastpref.linear import Problem, Saved
+from fastpref.operands import compute_dtype
 from fastpref.parallel import Shard
 
 
@@ -88,7 +89,7 @@ def _(
         *(scale, softcap, ignore_index, backend, memory_budget),
         *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats, group),
     )
-    n, dtype = hidden.shape[0], linear.compute_dtype(hidden.dtype)
+    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
     p = linear.plan_for(hidden, weight, memory_budget)
     unit, rows, offsets, kept = linear.saved_shapes(n, weight.shape[0], weight.shape[1], p, problem)
     return (

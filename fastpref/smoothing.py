@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastpref.library import differentiable, fake, op
-from fastpref.linear import compute_dtype, plan_for
+from fastpref.linear import plan_for
+from fastpref.operands import compute_dtype
 from fastpref.registered import refuse_second_derivative
 
 # Tiles of logits alive at once: the product, its cap, and what the backward makes of them.

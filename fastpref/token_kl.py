@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpref import checks
 from fastpref.library import differentiable, fake, op
-from fastpref.linear import compute_dtype
+from fastpref.operands import compute_dtype
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 

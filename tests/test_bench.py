@@ -32,7 +32,8 @@ def problem(schedule: str = "trainable", rows: int = 48, **options: Any) -> Prob
 
 
 def own(case: Case) -> Passes:
-    (system,) = (s for s in peers.systems() if s.name == "fastpref[torch]")
+    known = {(s.name, s.op): s for s in peers.systems()}
+    system = known["fastpref[torch]", "logprobs"]
     return system.start(case)
 
 
@@ -316,6 +317,68 @@ def test_tables_are_made_from_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tables.rewritten(text.replace("trainable", "frozen"))
     with pytest.raises(ValueError, match="no field shape"):
         tables.rewritten(text.replace("schedule=", "shape="))
+
+
+def test_the_table_of_auto_is_current() -> None:
+    auto = script("auto")
+    results = BENCHMARKS / "results" / "gpu.json"
+    rows = json.loads(results.read_text()) if results.exists() else []
+    assert json.loads(auto.TABLE.read_text()) == auto.choices(rows)
+
+
+def test_auto_is_read_off_the_rows() -> None:
+    """Of a GPU and dtype: the cases that all have, the newest row of each, no wrong backend."""
+    auto = script("auto")
+
+    def row(name: str, n: int, ms: float | None, **other: Any) -> dict[str, Any]:
+        base = {"system": name, "op": "logprobs", "schedule": "none", "N": n, "H": 8, "V": 9}
+        base |= {"dtype": "bf16", "device": "A", "measured": True, "ms_total": ms, "commit": "c"}
+        return base | {"versions": {"cuda": "13"}} | other
+
+    rows = [
+        row("fastpref[triton]", 1, 99.0),
+        *(row("fastpref[triton]", n, ms) for n, ms in ((1, 1.0), (2, 4.0), (3, 1000.0))),
+        *(row("fastpref[cuda]", n, ms) for n, ms in ((1, 4.0), (2, 9.0))),
+        *(row("fastpref[torch]", n, ms) for n, ms in ((1, 0.1), (2, None))),
+        row("trl", 1, 0.1),
+        row("fastpref[cuda]", 1, 0.1, op="dpo"),
+        row("fastpref[cuda]", 1, 0.1, versions={}),
+        row("fastpref[cuda]", 1, 0.1, measured=False, device="prediction"),
+        row("fastpref[cuda]", 1, 2.0, dtype="fp32", commit="d"),
+    ]
+    common = {"device": "A", "cases": 2, "commits": ["c"]}
+    assert auto.choices(rows) == [
+        common | {"dtype": "bf16", "order": ["triton", "cuda"], "ms": {"triton": 2.0, "cuda": 6.0}},
+        {**common, "dtype": "fp32", "order": ["cuda"], "ms": {"cuda": 2.0}}
+        | {"cases": 1, "commits": ["d"]},
+    ]
+
+
+def test_a_table_of_steps_says_what_a_row_holds() -> None:
+    """The reference's pass and the head's rows where they were counted; TRL where it ran."""
+    tables = script("tables")
+    row = {
+        **{"system": "ours, cached", "mix": "short", "model": "m", "pairs_per_step": 2},
+        **{"device": "d", "measured": True, "versions": {}, "seconds_per_step": 1.25},
+        **{"seconds_spread": 0.5, "pairs_per_second": 1.6, "backbone_tokens_per_step": 1234},
+        **{"head_rows_per_step": 987, "peak_rss_bytes": 3_000_000_000},
+        **{"reference_pass_seconds": 4.26, "reference_pass_pairs": 6},
+        **{"pairs_per_second_over_trl": 3.0, "peak_rss_over_trl": 0.4, "loss_difference": 2e-6},
+        "command": "python benchmarks/step.py --mix short --out x.json --commit abc --batch 2",
+    }
+    text = tables.table([row])
+    assert "    python benchmarks/step.py --mix short --batch 2\n" in text
+    heading, _, shown = text.splitlines()[-3:]
+    named = dict(zip(heading.split(" | "), shown.split(" | "), strict=True))
+    assert named["reference, once"] == "4.3 s, 6 pairs"
+    assert named["through the head"] == "987"
+    assert named["over TRL"] == "3.00x"
+    assert named["slowest - fastest"] == "0.50"
+    less = {"reference_pass_seconds": None, "reference_pass_pairs": None}
+    without = ("head_rows_per_step", "pairs_per_second_over_trl", "peak_rss_over_trl")
+    bare = {k: v for k, v in (row | less).items() if k not in (*without, "loss_difference")}
+    shown = tables.table([bare]).splitlines()[-1]
+    assert shown == "| `ours, cached` | 1.25 | 0.50 | 1.60 | – | – | 3.00 | – | 1,234 | – | – |"
 
 
 def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -139,7 +139,7 @@ def test_options(device, backend, budget, softcap, bias, dtype):
     hostile.compare(problem, dtype, **options)
 
 
-class AsOnAGpu(linear._Operands):
+class AsOnAGpu(linear.Operands):
     """The matrix products of a GPU: operands of two bytes, E among them, sums in fp32."""
 
     def __init__(self, arena, p, hidden, weight):
@@ -160,7 +160,7 @@ class AsOnAGpu(linear._Operands):
 def test_the_schedule_with_the_products_of_a_gpu(
     monkeypatch, device, backend, budget, softcap, dtype
 ):
-    monkeypatch.setattr(linear, "_Operands", AsOnAGpu)
+    monkeypatch.setattr(linear, "Operands", AsOnAGpu)
     problem = hostile.make(37, 18, 5003, dtype, bias=True, seed=3)
     options = {"backend": backend, "memory_budget": budget, "softcap": softcap}
     hostile.compare(problem, dtype, **options)

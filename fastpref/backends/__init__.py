@@ -2,19 +2,22 @@
 
 A backend is a module with the functions of :class:`RowKernels`. It supplies elementwise work on
 rows only; the matrix products are the vendor's, called by ``fastpref.linear``. Adding a backend is
-adding a module and a line to ``_AUTO``.
+adding a module and its names below.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from functools import cache
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from torch import dtype as DType
-from torch.cuda import is_available as sees_gpu  # in here `torch` and `cuda` are backends
+from torch.cuda import get_device_name  # in here `torch` and `cuda` are backends
+from torch.cuda import is_available as sees_gpu
 
 log = logging.getLogger("fastpref")
 
@@ -22,10 +25,11 @@ NAMES = ("cpp", "triton", "cuda", "torch")
 """Backends of the schedule. ``"reference"`` (materialised logits) is a name of its own in
 ``fastpref.ops``."""
 
-# Preference by device type: the first that is available runs. On CUDA nothing but plain torch has
-# been measured on hardware yet, so nothing else is taken unasked; measured rows under
-# benchmarks/results/ decide this table.
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "torch"), "cuda": ("torch",)}
+_CPU = ("cpp", "torch")
+_MEASURED = Path(__file__).with_name("measured.json")
+"""What was measured on GPUs, as ``benchmarks/auto.py`` reads it off the committed rows."""
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Dtypes as the measured rows name them."""
 _DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 _TOOLS = "pip install ninja pybind11 setuptools wheel &&"  # an isolated build leaves none behind
 _BUILD = "FASTPREF_FORCE_BUILD=1 pip install -v --no-build-isolation --no-deps ."
@@ -201,18 +205,39 @@ def remedy(name: str) -> str:
     return _NO_GPU if needs_gpu and not sees_gpu() else _REMEDY.get(name, "")
 
 
+@cache
+def _measured() -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", json.loads(_MEASURED.read_text()))
+
+
+def _order(device_type: str, dtype: str) -> tuple[tuple[str, ...], str]:
+    """Backends for a device in the order in which ``auto`` tries them, and where the order is from.
+
+    On a GPU that is the measured order of this model of GPU and dtype, or of the nearest that were
+    measured. Plain torch alone runs where no GPU was: what never ran on hardware is not taken
+    unasked.
+    """
+    if device_type == "cpu":
+        return _CPU, ""
+    if device_type != "cuda" or not _measured():
+        rest = " and ".join(name for name, on in _DEVICES.items() if device_type in on)
+        left = f"; {rest} are not taken unasked until measured on a GPU" if rest else ""
+        return ("torch",), left
+    here = get_device_name() if sees_gpu() else ""
+    row = max(_measured(), key=lambda row: (row["device"] == here, row["dtype"] == dtype))
+    return (*row["order"], "torch"), f", as measured for {row['dtype']} on {row['device']}"
+
+
 def explain(device_type: str, dtype: DType) -> tuple[str, str]:
     """The backend that ``auto`` takes for a device and dtype, and why."""
-    order = _AUTO.get(device_type, ("torch",))
-    rest = " and ".join(n for n, on in _DEVICES.items() if device_type in on and n not in order)
-    unmeasured = f"; {rest} are not taken unasked until measured on a GPU" if rest else ""
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    order, source = _order(device_type, _SHORT.get(name_of_dtype, name_of_dtype))
     why: list[str] = []
     for name in order:
         module = _module(name)
         if not isinstance(module, str):
             first = "the first choice" if not why else "; ".join(why)
-            where = f"{str(dtype).removeprefix('torch.')} on {device_type}"
-            return name, f"{first} for {where}{unmeasured}"
+            return name, f"{first} for {name_of_dtype} on {device_type}{source}"
         why.append(f"{name} is unavailable: {module}")
     raise AssertionError("plain torch is always available")
 

@@ -326,11 +326,44 @@ def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):
     assert "no compiler" in why
 
 
-def test_auto_says_what_it_leaves_out():
+def test_auto_says_what_it_leaves_out(monkeypatch):
     assert "unasked" not in backends.explain("cpu", torch.float32)[1]
+    monkeypatch.setattr(backends, "_measured", list)
     name, why = backends.explain("cuda", torch.bfloat16)
     assert name == "torch"
     assert why.endswith("; triton and cuda are not taken unasked until measured on a GPU")
+
+
+MEASURED = [
+    {"device": "NVIDIA A100", "dtype": "bf16", "order": ["cuda", "triton", "torch"]},
+    {"device": "NVIDIA H200", "dtype": "bf16", "order": ["triton", "cuda", "torch"]},
+    {"device": "NVIDIA H200", "dtype": "fp32", "order": ["cuda"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "missing", "expected", "source"),
+    [
+        ("NVIDIA A100", torch.bfloat16, (), "cuda", "bf16 on NVIDIA A100"),
+        ("NVIDIA H200", torch.bfloat16, (), "triton", "bf16 on NVIDIA H200"),
+        ("NVIDIA H200", torch.bfloat16, ("triton",), "cuda", "bf16 on NVIDIA H200"),
+        ("NVIDIA H200", torch.bfloat16, ("triton", "cuda"), "torch", "bf16 on NVIDIA H200"),
+        ("NVIDIA H200", torch.float32, (), "cuda", "fp32 on NVIDIA H200"),
+        ("NVIDIA H200", torch.float32, ("cuda",), "torch", "fp32 on NVIDIA H200"),
+        ("NVIDIA H200", torch.float16, (), "triton", "bf16 on NVIDIA H200"),
+        ("NVIDIA L4", torch.float32, (), "cuda", "fp32 on NVIDIA H200"),
+    ],
+)
+def test_auto_takes_what_was_measured_faster(monkeypatch, gpu, dtype, missing, expected, source):
+    monkeypatch.setattr(backends, "_measured", lambda: MEASURED)
+    monkeypatch.setattr(backends, "sees_gpu", lambda: True)
+    monkeypatch.setattr(backends, "get_device_name", lambda: gpu)
+    module = backends._module("torch")
+    monkeypatch.setattr(backends, "_module", lambda n: "not built" if n in missing else module)
+    name, why = backends.explain("cuda", dtype)
+    assert name == expected
+    assert why.endswith(f"as measured for {source}")
+    assert all(f"{name} is unavailable: not built" in why for name in missing)
 
 
 @pytest.mark.parametrize("name", ["cpp", "cuda"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref import backends, reference
+from fastpref import backends, linear, reference
 from fastpref.ops import linear_logprobs
 
 BACKENDS = [name for name in ("torch", "cpp") if backends.status()[name] == "ok"]
@@ -76,11 +76,12 @@ def assert_no_worse(ours, plain, truth, eps, what):
         )
 
 
-def compare(problem, dtype, **options):
+def compare(problem, dtype, counts=None, **options):
+    """Against float64 and plain PyTorch; ``counts`` masks the upstream gradient."""
     hidden, weight, targets, bias = problem
     kernel = {k: options.pop(k) for k in ("backend", "memory_budget") if k in options}
     upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7))
-    upstream = upstream.to(targets.device)
+    upstream = (upstream if counts is None else upstream * counts).to(targets.device)
     wide = [None if x is None else x.double() for x in (hidden, weight, bias)]
     truth = run(reference.linear_logprobs, wide[0], wide[1], targets, wide[2], upstream, **options)
     plain = run(reference.linear_logprobs, hidden, weight, targets, bias, upstream, **options)
@@ -136,6 +137,42 @@ def test_partly_kept_e_over_several_chunks_of_rows(backend):
     recomputed = compare(problem, torch.float32, backend=backend, memory_budget=0)
     for a, b in zip(kept[2], recomputed[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+COUNTS = {
+    "none": torch.zeros(4500),
+    "few": (torch.arange(4500) % 100 == 3).float(),
+    "most": (torch.arange(4500) % 100 != 3).float(),
+    "one chunk": (torch.arange(4500) // 4096 == 1).float(),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [0, 29_000_000, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", COUNTS)
+def test_rows_without_a_gradient(backend, budget, dtype, which):
+    problem = make(4500, 5, 1100, dtype, bias=True, seed=4)
+    compare(problem, dtype, COUNTS[which], backend=backend, memory_budget=budget)
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_rows_without_a_gradient_are_left_out_of_the_products(monkeypatch, budget):
+    """On a CPU the backward of the head multiplies the others only."""
+    hidden, weight, targets, _ = make(600, 8, 4000, torch.float32, ignore=False)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    logp = linear_logprobs(*leaves, targets, memory_budget=budget)
+    flops = []
+    real = linear.Operands.mm
+
+    def counted(self, out, a, b, accumulate=False):
+        flops.append(2 * out.numel() * a.shape[1])
+        real(self, out, a, b, accumulate)
+
+    monkeypatch.setattr(linear.Operands, "mm", counted)
+    (logp * (torch.arange(600) % 4 == 0)).sum().backward()
+    products = 1 if budget is None else 2  # dW, and the logits again
+    assert sum(flops) == products * 2 * (600 // 4) * 8 * 4000
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
