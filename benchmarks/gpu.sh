@@ -7,7 +7,7 @@
 #
 # Logs and JSON go to $OUT if set, else to benchmarks/results. A stage that fails does not stop the next ones;
 # the exit status is then 1. PYTHON (default python3) needs torch with CUDA, triton, setuptools, wheel, ninja,
-# pybind11 and pytest; the kernels are compiled with nvcc. Peers that are not installed are listed as such.
+# pybind11, pytest and matplotlib; the kernels are compiled with nvcc. Peers that are not installed are listed as such.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -80,7 +80,7 @@ run() {
     large) bench --shape llama-3-8b@8192 ;;
     kept)
       bench --shape qwen2.5-0.5b@8192 llama-3.2-1b@8192 llama-3-8b@8192 --schedule trainable \
-        --budget 16384 --peers none
+        --budget 16384 --peers none --out "$OUT/gpu-kept.json"
       ;;
     lengths) bench --shape llama-3-8b@1024 llama-3-8b@4096 llama-3-8b@32768 --op logprobs --peers none ;;
     heads)

@@ -177,14 +177,18 @@ def check_options(
         raise ValueError("process_group: backend='reference' needs the whole weight")
 
 
-def _require(good: Tensor, wrong: str, details: Callable[[], str]) -> None:
-    """Raise unless all of ``good`` holds; only on CPU, where looking costs no sync.
+def _require(
+    like: Tensor, condition: Callable[[], Tensor], wrong: str, details: Callable[[], str]
+) -> None:
+    """Raise unless all of ``condition`` holds; only where ``like`` is on a CPU, as looking costs no
+    sync there.
 
     A graph that is being compiled is made to look as it runs, and then to say ``wrong`` alone: the
     numbers in ``details`` would tie it to one size.
     """
-    if good.device.type != "cpu":
+    if like.device.type != "cpu":
         return
+    good = condition()
     if torch.compiler.is_compiling():
         torch._assert_async(good.all(), wrong)
     elif not good.all():
@@ -196,12 +200,14 @@ def check_rows(rows: Tensor, num_rows: int) -> None:
     if rows.dim() != 1:
         raise ValueError(f"rows: expected a 1-D index, got shape {tuple(rows.shape)}")
     _require(
-        (rows >= 0) & (rows < num_rows),
+        rows,
+        lambda: (rows >= 0) & (rows < num_rows),
         "rows: an index is out of range",
         lambda: f"expected [0, {num_rows}), got [{int(rows.min())}, {int(rows.max())}]",
     )
     _require(
-        rows.sort().values.diff() > 0,
+        rows,
+        lambda: rows.sort().values.diff() > 0,
         "rows: an index occurs twice",
         lambda: "gather hidden and targets yourself instead",
     )
@@ -216,7 +222,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, n: int) -> None:
             f"cu_seqlens: expected shape (num_sequences + 1,), got {tuple(cu_seqlens.shape)}"
         )
     _require(
-        torch.cat([cu_seqlens[:1] == 0, cu_seqlens.diff() >= 0, cu_seqlens[-1:] == n]),
+        cu_seqlens,
+        lambda: torch.cat([cu_seqlens[:1] == 0, cu_seqlens.diff() >= 0, cu_seqlens[-1:] == n]),
         "cu_seqlens: these are no boundaries of sequences that cover the tokens",
         lambda: (
             f"expected to start at 0, never fall, and end at the number of tokens {n}; got "
@@ -256,7 +263,8 @@ def check_margins(logps: Tensor, ref_logps: Tensor, cu_seqlens: Tensor, pairs: T
     check_cu_seqlens(cu_seqlens, logps.shape[0])
     num_sequences = cu_seqlens.numel() - 1
     _require(
-        (pairs >= 0) & (pairs < num_sequences),
+        pairs,
+        lambda: (pairs >= 0) & (pairs < num_sequences),
         "pairs: a sequence index is out of range",
         lambda: (
             f"expected sequence indices in [0, {num_sequences}), got [{int(pairs.min())}, "

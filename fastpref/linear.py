@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.operands import Operands, compute_dtype
+from fastpref.operands import Operands, compute_dtype, mm
 from fastpref.parallel import Shard
 from fastpref.schedule import Plan, plan
 from fastpref.scratch import lend, nbytes, scratch
@@ -162,7 +162,7 @@ def forward(
                 z = ops.logits(r1 - r0, v1 - v0)
                 if keep is not None and keep.dtype == dtype:
                     z = keep
-                ops.mm(z, h, w.t())
+                mm(z, h, w.t())
                 operand = z
                 if ops.mixed:
                     operand = ops.low_tile(r1 - r0, v1 - v0) if keep is None else keep
@@ -182,7 +182,7 @@ def forward(
                 if keep is not None and keep.data_ptr() != operand.data_ptr():
                     keep.copy_(operand)
                 if acc is not None:
-                    ops.mm(acc, operand, w, accumulate=t > 0)
+                    mm(acc, operand, w, accumulate=t > 0)
             if shard is not None:
                 shard.merge_(state, acc, targets[r0:r1])
             kernels.combine_(
@@ -217,9 +217,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor where none is needed."""
     kernels = backends.select(problem.backend, hidden)
+    # what arrives at an ignored row, NaN too, is nobody's
+    grad = grad.masked_fill(targets == problem.ignore_index, 0.0).contiguous()
     dhidden = torch.empty_like(saved.unit_grad)
     if problem.need_hidden_grad:
-        kernels.scale_rows_(dhidden, saved.unit_grad, grad.contiguous())
+        kernels.scale_rows_(dhidden, saved.unit_grad, grad)
     if not problem.keeps:
         return dhidden, weight.new_empty((0, weight.shape[1])), weight.new_empty((0,))
     return dhidden, *_head_gradients(grad, hidden, weight, bias, targets, saved, problem)
@@ -308,7 +310,7 @@ def _head_gradients(
                 if chunk.live is not None:
                     kept = torch.index_select(kept, 0, chunk.live, out=z)
                 return kept, factor
-            ops.mm(z, ops.rows(chunk.of(hidden)), ops.tile(weight[v0:v1]).t())
+            mm(z, ops.rows(chunk.of(hidden)), ops.tile(weight[v0:v1]).t())
             # Started at the final maximum, the same sweep stores E under it.
             state = _new_state(top.numel(), z)
             state[0] = top
@@ -342,7 +344,7 @@ def _head_gradients(
                     scaled = ops.row_buffer[: factor.numel() * size].view(-1, size)
                     _rescale_rows_(kernels, scaled, chunk.of(hidden), factor, previous)
                     previous = factor if reusable else None
-                    ops.mm(total, operand.t(), scaled, accumulate=i > 0)
+                    mm(total, operand.t(), scaled, accumulate=i > 0)
                     kernels.add_target_rows_(
                         total, hidden[r0:r1], targets[r0:r1], toward[r0:r1], v0
                     )

@@ -18,6 +18,33 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def multiplies_low(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products take operands of this dtype as they are and write fp32: on CUDA they do."""
+    return dtype != compute_dtype(dtype) and device.type == "cuda"
+
+
+def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+    """``out = a @ b`` or ``out += a @ b``, out in the compute dtype of the operands."""
+    narrow = out.shape[0] < NARROW_ROWS or out.shape[1] < NARROW_COLUMNS
+    if a.dtype != out.dtype and accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.dtype != out.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif narrow and out.device.type == "cpu":
+        if not accumulate:
+            out.zero_()
+        # in place, which autocast leaves alone
+        for k in range(0, a.shape[1], SHORT_SUM):
+            part = torch.mm(
+                a[:, k : k + SHORT_SUM], b[k : k + SHORT_SUM], out=torch.empty_like(out)
+            )
+            out += part
+    elif accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
 class Operands:
     """The GEMMs, and the conversion of their operands where the device has no low-precision product
     with fp32 output.
@@ -29,24 +56,31 @@ class Operands:
     def __init__(self, arena: Arena, p: Plan, hidden: Tensor, weight: Tensor) -> None:
         """Takes what :meth:`size` says from ``arena``."""
         self.dtype = compute_dtype(hidden.dtype)
-        self.mixed = hidden.dtype != self.dtype and hidden.device.type == "cuda"
+        self.mixed = multiplies_low(hidden.dtype, hidden.device)
         self.converts = hidden.dtype != self.dtype and not self.mixed
-        self.gemm_dtype = hidden.dtype if self.mixed else self.dtype
-        size = weight.shape[1]
-        rows, tile = min(p.rows, hidden.shape[0]), min(p.tile, weight.shape[0])
-        self.z = arena.take(rows * tile, dtype=self.dtype)
-        self.low = arena.take(rows * tile if self.mixed else 0, dtype=hidden.dtype)
-        self.row_buffer = arena.take(rows * size, dtype=self.gemm_dtype)
-        self.tile_buffer = arena.take(tile * size if self.converts else 0, dtype=self.dtype)
+        self.z, self.low, self.row_buffer, self.tile_buffer = (
+            arena.take(count, dtype=dtype) for count, dtype in self._buffers(p, hidden, weight)
+        )
 
     @staticmethod
-    def size(p: Plan, hidden: Tensor, weight: Tensor) -> int:
-        """Bytes of scratch for the tensors above."""
-        wide = compute_dtype(hidden.dtype).itemsize
+    def _buffers(p: Plan, hidden: Tensor, weight: Tensor) -> list[tuple[int, torch.dtype]]:
+        """Elements and dtype of: a tile of logits, its E, a chunk of hidden, a tile of the
+        weight."""
+        wide, mixed = compute_dtype(hidden.dtype), multiplies_low(hidden.dtype, hidden.device)
+        converts = hidden.dtype != wide and not mixed
         rows, tile = min(p.rows, hidden.shape[0]), min(p.tile, weight.shape[0])
         size = weight.shape[1]
-        low = rows * tile * hidden.element_size()
-        return nbytes(rows * tile * wide, low, rows * size * wide, tile * size * wide)
+        return [
+            (rows * tile, wide),
+            (rows * tile if mixed else 0, hidden.dtype),
+            (rows * size, hidden.dtype if mixed else wide),
+            (tile * size if converts else 0, wide),
+        ]
+
+    @classmethod
+    def size(cls, p: Plan, hidden: Tensor, weight: Tensor) -> int:
+        """Bytes of scratch for the tensors above."""
+        return nbytes(*(n * dtype.itemsize for n, dtype in cls._buffers(p, hidden, weight)))
 
     def rows(self, x: Tensor) -> Tensor:
         """A chunk of hidden as a GEMM operand."""
@@ -68,20 +102,3 @@ class Operands:
         if not self.converts:
             return x
         return buffer[: x.numel()].view(x.shape).copy_(x)
-
-    def mm(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-        """``out = a @ b`` or ``out += a @ b``, out in the compute dtype."""
-        narrow = out.shape[0] < NARROW_ROWS or out.shape[1] < NARROW_COLUMNS
-        if self.mixed and accumulate:
-            torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
-        elif self.mixed:
-            torch.mm(a, b, out_dtype=self.dtype, out=out)
-        elif narrow and out.device.type == "cpu":
-            if not accumulate:
-                out.zero_()
-            for k in range(0, a.shape[1], SHORT_SUM):
-                out += a[:, k : k + SHORT_SUM] @ b[k : k + SHORT_SUM]
-        elif accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastpref import backends, linear, ops
 from fastpref.case import OPS, PREFERENCE, Case, Passes, System, differentiable, pairs_of, uneven
 from fastpref.costs import SCHEDULES
-from fastpref.operands import compute_dtype
+from fastpref.operands import compute_dtype, mm, multiplies_low
 
 
 def _fastpref(backend: str, op: str = "logprobs") -> System:
@@ -58,7 +58,7 @@ def _gemms(case: Case) -> Passes:
     n, v = hidden.shape[0], weight.shape[0]
     p = linear.plan_for(hidden, weight, 0 if case.schedule == "recompute" else case.budget)
     wide = compute_dtype(hidden.dtype)
-    on_gpu = case.device == "cuda" and hidden.dtype != wide
+    on_gpu = multiplies_low(hidden.dtype, hidden.device)
     low = hidden.dtype if on_gpu else wide
     hidden, weight = hidden.to(low), weight.to(low)
     trained = case.schedule in ("trainable", "recompute")
@@ -69,16 +69,6 @@ def _gemms(case: Case) -> Passes:
     kept = hidden.new_empty(n * min(kept_tiles * p.tile, v)).uniform_()
     acc = torch.zeros_like(hidden, dtype=wide)
     dweight = torch.zeros_like(weight if trained else weight[:0], dtype=wide)
-
-    def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-        if on_gpu and accumulate:
-            torch.addmm(out, a, b, out_dtype=wide, out=out)
-        elif on_gpu:
-            torch.mm(a, b, out_dtype=wide, out=out)
-        elif accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
 
     def tile_of(buffer: Tensor, r0: int, r1: int, v0: int, v1: int) -> Tensor:
         return buffer.view(-1)[: (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)

@@ -47,6 +47,8 @@ _SMALL_TILE = {"cpu": 1024, "cuda": 8192}
 _ROWS = {"cpu": 4096, "cuda": 4096}
 # The smallest chunk that still amortises one read of the weight tile.
 _SMALL_ROWS = 2048
+# What a budget below that may take all the same. On a CPU wide heads get smaller chunks for it.
+_LEAST = {"cpu": 48 * MIB, "cuda": 256 * MIB}
 
 
 def plan(
@@ -87,6 +89,8 @@ def plan(
             tile = max(_SMALL_TILE[device], tile // 2)
         else:
             rows = max(_SMALL_ROWS, rows // 2)
+    while scratch() > max(_LEAST[device], budget // 2) and rows > 256:
+        rows //= 2
     num_tiles = -(-vocab_size // tile) if vocab_size else 0
     tile_bytes = num_rows * tile * itemsize
     kept = min(num_tiles, max(0, budget - scratch()) // tile_bytes) if tile_bytes else 0

@@ -3,7 +3,8 @@ time.
 
 The gradient in the policy's logits is ``p_policy - p_reference``, so ``dKL/dhidden`` is formed in
 the forward while the chunk's logits are there; the backward scales it, and recomputes chunks for
-the gradient of a trainable head.
+the gradient of a trainable head. The products are those of ``fastpref.linear``; the row kernels see
+one head and are of no use here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from fastpref import checks
 from fastpref.library import differentiable, fake, op
-from fastpref.operands import compute_dtype
+from fastpref.operands import compute_dtype, mm, multiplies_low
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET
 
 REF_NAMES = checks.Names("ref_hidden", "ref_weight", "hidden's rows", "ref_bias")
+_SLICE = 4096
 # Chunk-sized fp32 buffers alive at once: logits, both log-softmaxes, and what a KL makes of them.
 _BUFFERS = 7
 
@@ -31,17 +33,22 @@ def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int |
     return max(16, budget // (_BUFFERS * vocab_size * compute_dtype(dtype).itemsize))
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in fp32 (float64): on CUDA by a product of low-precision operands, as ``b`` is."""
-    wide = compute_dtype(b.dtype)
-    with torch.autocast(b.device.type, enabled=False):
-        if b.device.type == "cuda" and b.dtype != wide:
-            return torch.mm(a.to(b.dtype), b, out_dtype=wide)
-        return a.to(wide) @ b.to(wide)
+def _operand(x: Tensor) -> Tensor:
+    """As the products take it: on a CPU converted to fp32 (float64)."""
+    return x if multiplies_low(x.dtype, x.device) else x.to(compute_dtype(x.dtype))
+
+
+def _slices(weight: Tensor) -> list[slice]:
+    """Parts of the vocabulary that are converted, and multiplied, at a time."""
+    size = weight.shape[0] if _operand(weight[:0]).dtype == weight.dtype else _SLICE
+    return [slice(v, v + size) for v in range(0, weight.shape[0], size)]
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
-    z = _mm(x, weight.t())
+    x = _operand(x)
+    z = x.new_empty((x.shape[0], weight.shape[0]), dtype=compute_dtype(x.dtype))
+    for part in _slices(weight):
+        mm(z[:, part], x, _operand(weight[part]).t())
     z = (z if bias is None else z.add_(bias)).mul_(scale)
     return z.div_(cap).tanh_().mul_(cap) if cap else z
 
@@ -91,7 +98,11 @@ def _forward(
         reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
         kl[rows], grad = _chunk(policy, reference, need_hidden_grad)
         if need_hidden_grad:
-            unit[rows] = _mm(grad, weight)
+            total = grad.new_empty((grad.shape[0], hidden.shape[1]))
+            for i, part in enumerate(_slices(weight)):
+                w = _operand(weight[part])
+                mm(total, grad[:, part].to(w.dtype), w, accumulate=i > 0)
+            unit[rows] = total
     return kl, unit
 
 
@@ -120,7 +131,7 @@ def _head_gradients(
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
     n, wide = hidden.shape[0], compute_dtype(hidden.dtype)
-    dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    dweight = hidden.new_empty(weight.shape, dtype=wide)
     dbias = dweight.new_zeros(weight.shape[0])
     step = _rows(weight.shape[0], hidden.dtype, hidden.device.type, memory_budget)
     for a in range(0, n, step):
@@ -129,8 +140,11 @@ def _head_gradients(
         reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
         _, dz = _chunk(policy, reference, True)
         dz.mul_(grad[rows, None])
-        dweight.add_(_mm(dz.t(), hidden[rows]))
+        h = _operand(hidden[rows])
+        mm(dweight, dz.t().to(h.dtype), h, accumulate=a > 0)
         dbias.add_(dz.sum(0))
+    if n == 0:
+        dweight.zero_()
     return dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

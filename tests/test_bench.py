@@ -93,6 +93,18 @@ def test_no_speed_for_a_wrong_result(what: str) -> None:
     assert wrong.note in text
 
 
+@pytest.mark.parametrize("schedule", ["none", "trainable"])
+def test_rows_in_another_order_are_wrong(schedule: str) -> None:
+    """Errors that cancel in the sum."""
+
+    def start(case: Case) -> Passes:
+        passes = own(case)
+        return Passes(lambda: passes.forward().flip(0), passes.backward)
+
+    (entry,) = bench.run(problem(schedule), [System("permuted", "logprobs", start)], 2, "wall")
+    assert entry.note.startswith("wrong")
+
+
 def test_a_result_that_is_not_a_number_is_wrong() -> None:
     (entry,) = bench.run(problem("frozen"), [spoiled(float("nan"), "output")], 1, "wall")
     assert entry.note.startswith("wrong")

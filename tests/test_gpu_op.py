@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref import backends, linear, linear_cross_entropy, linear_logprobs, measure, peers
+from fastpref import (
+    backends,
+    linear,
+    linear_cross_entropy,
+    linear_logprobs,
+    measure,
+    operands,
+    peers,
+)
 from fastpref.bench import DTYPES
 from fastpref.costs import HEADS, SCHEDULES, Head
 from fastpref.ops import preference_margins, segment_sum
@@ -139,18 +146,11 @@ def test_options(device, backend, budget, softcap, bias, dtype):
     hostile.compare(problem, dtype, **options)
 
 
-class AsOnAGpu(linear.Operands):
+def as_on_a_gpu(out, a, b, accumulate=False):
     """The matrix products of a GPU: operands of two bytes, E among them, sums in fp32."""
-
-    def __init__(self, arena, p, hidden, weight):
-        there = types.SimpleNamespace(type="cuda")
-        hidden = types.SimpleNamespace(dtype=hidden.dtype, shape=hidden.shape, device=there)
-        super().__init__(arena, p, hidden, weight)
-        assert self.mixed
-
-    def mm(self, out, a, b, accumulate=False):
-        assert a.dtype == b.dtype == self.gemm_dtype != out.dtype == torch.float32
-        out.copy_(a.float() @ b.float() + (out if accumulate else 0.0))
+    assert a.dtype == b.dtype in LOW[1:]
+    assert out.dtype == torch.float32
+    out.copy_(a.float() @ b.float() + (out if accumulate else 0.0))
 
 
 @pytest.mark.parametrize(("device", "backend"), ON_CPU)
@@ -160,7 +160,8 @@ class AsOnAGpu(linear.Operands):
 def test_the_schedule_with_the_products_of_a_gpu(
     monkeypatch, device, backend, budget, softcap, dtype
 ):
-    monkeypatch.setattr(linear, "Operands", AsOnAGpu)
+    monkeypatch.setattr(operands, "multiplies_low", lambda dtype, device: dtype in LOW[1:])
+    monkeypatch.setattr(linear, "mm", as_on_a_gpu)
     problem = hostile.make(37, 18, 5003, dtype, bias=True, seed=3)
     options = {"backend": backend, "memory_budget": budget, "softcap": softcap}
     hostile.compare(problem, dtype, **options)

@@ -187,6 +187,8 @@ def _module(name: str) -> RowKernels | str:
         module = cast(RowKernels, importlib.import_module(f"fastpref.backends.{name}"))
     except ModuleNotFoundError as error:
         return f"not installed ({error})"
+    except ImportError as error:
+        return f"does not import ({error})"
     return module if module.available() else module.why_unavailable()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastpref import backends, linear, reference
+from fastpref.operands import mm
 from fastpref.ops import linear_logprobs
 
 BACKENDS = [name for name in ("torch", "cpp") if backends.status()[name] == "ok"]
@@ -163,13 +164,12 @@ def test_rows_without_a_gradient_are_left_out_of_the_products(monkeypatch, budge
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
     logp = linear_logprobs(*leaves, targets, memory_budget=budget)
     flops = []
-    real = linear.Operands.mm
 
-    def counted(self, out, a, b, accumulate=False):
+    def counted(out, a, b, accumulate=False):
         flops.append(2 * out.numel() * a.shape[1])
-        real(self, out, a, b, accumulate)
+        mm(out, a, b, accumulate)
 
-    monkeypatch.setattr(linear.Operands, "mm", counted)
+    monkeypatch.setattr(linear, "mm", counted)
     (logp * (torch.arange(600) % 4 == 0)).sum().backward()
     products = 1 if budget is None else 2  # dW, and the logits again
     assert sum(flops) == products * 2 * (600 // 4) * 8 * 4000
@@ -269,6 +269,34 @@ def test_an_ignored_row_is_silent_even_if_its_hidden_state_is_not_finite(backend
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert results[1][0][7] == 0.0
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_arrives_at_an_ignored_row_is_nobodys(backend, poison):
+    """``torch.where(mask, log(1 - exp(logp)), 0)`` sends NaN to rows that the mask leaves out."""
+    hidden, weight, targets, bias = make(9, 6, 40, torch.float32, bias=True, ignore=False)
+    targets[[2, 5]] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"rows": torch.arange(9), "backend": backend}  # so that no row is dropped before
+    upstream = torch.randn(9)
+    clean = run(fused, *leaves[:2], targets, bias, upstream, **options)[2]
+    upstream[[2, 5]] = torch.tensor([poison, -poison])
+    for got, want in zip(run(fused, *leaves[:2], targets, bias, upstream, **options)[2], clean):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 16, 3000), (40, 16, 5)], ids=str)
+def test_narrow_products_keep_their_precision_under_autocast(backend, shape):
+    """Its inputs are rounded, its products are not."""
+    hidden, weight, targets, _ = make(*shape, torch.float32)
+    low = [x.bfloat16() for x in (hidden, weight)]
+    upstream = torch.randn(shape[0])
+    expected = run(fused, *low, targets, None, upstream, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = linear_logprobs(hidden, weight, targets, backend=backend)
+    assert torch.equal(logp, expected[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
