@@ -15,6 +15,7 @@ PYTHON="${PYTHON:-python3}"
 for dtype in fp32 bf16; do
   for schedule in none frozen trainable recompute; do
     "$PYTHON" -m fastpref bench --device cpu --shape smollm2-135m@1024 --dtype "$dtype" \
-      --schedule "$schedule" --backend cpp torch --rounds "$ROUNDS" --out "$FILE" "$@"
+      --schedule "$schedule" --backend cpp torch --op logprobs statistics dpo \
+      --peers torch torch.compile trl liger --rounds "$ROUNDS" --out "$FILE" "$@"
   done
 done

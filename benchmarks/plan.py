@@ -60,9 +60,18 @@ CONFIGURATIONS: dict[str, tuple[str, tuple[int, int], int, str]] = {
         *(LLAMA, (200, 300), 4),
         "--gradient_checkpointing true --loss kto",
     ),
+    "ORPO, untied, checkpointing": (
+        *(UNTIED, (120, 380), 3),
+        "--gradient_checkpointing true --loss orpo",
+    ),
+    "LoRA on attention, adapter off, two micro-batches": (
+        *(LLAMA, (600, 100), 2),
+        "--gradient_checkpointing false --gradient_accumulation_steps 2 --use_peft true "
+        "--lora_r 64 --lora_target_modules q_proj k_proj v_proj o_proj",
+    ),
 }
 """Model, tokens of prompt and of response, pairs a micro-batch, flags."""
-FOUND_ON = tuple(CONFIGURATIONS)[:4]
+FOUND_ON = tuple(CONFIGURATIONS)[:7]
 
 
 def make_models(folder: Path) -> dict[str, Path]:
@@ -120,7 +129,9 @@ def peak_of(command: list[str], environment: dict[str, str]) -> int:
     return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare(name: str, models: dict[str, Path], folder: Path, threads: int) -> dict[str, Any]:
+def compare(
+    name: str, models: dict[str, Path], folder: Path, threads: int, recorded: str
+) -> dict[str, Any]:
     """A row: what is predicted for a configuration, and what it took."""
     model, lengths, size, text = CONFIGURATIONS[name]
     data = folder / "pairs.jsonl"
@@ -155,7 +166,7 @@ def compare(name: str, models: dict[str, Path], folder: Path, threads: int) -> d
         "peak_rss_bytes": measured,
         "error": round(predicted["total"] / measured - 1, 4),
         "versions": versions("cpu", "transformers", "peft"),
-        "commit": commit(),
+        "commit": recorded,
         "command": shlex.join(["python", "benchmarks/plan.py", *sys.argv[1:]]),
     }
 
@@ -165,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--commit", default=commit(), help="recorded in the rows")
     parser.add_argument("--out", type=Path, help="append the rows to this JSON list")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -173,7 +185,7 @@ def main() -> None:
         folder = Path(name)
         models = make_models(folder)
         for configuration in asked.only:
-            row = compare(configuration, models, folder, asked.threads)
+            row = compare(configuration, models, folder, asked.threads, asked.commit)
             print(json.dumps({k: v for k, v in row.items() if k not in ("versions", "command")}))
             made.append(row)
     if asked.out:

@@ -1,5 +1,5 @@
-"""Rewrites the tables of README.md and docs/plan.md from committed rows, so that no number in them
-is typed by hand.
+"""Rewrites the tables of README.md, docs/plan.md and, by their own modules in ``recipes/``, of
+docs/recipes from committed rows, so that no number in them is typed by hand.
 
 A table stands between ``<!-- bench:FILE FIELD=VALUE ... -->`` and ``<!-- /bench -->``: the rows of
 ``benchmarks/FILE.json`` whose fields have those values, e.g.
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "plan.md")
 MARKED = re.compile(r"(<!-- bench:(\S+)((?: \S+=\S+)*) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-OUT = re.compile(r" --out \S+")
+APART = re.compile(r" --(out|commit) \S+")
+"""What of a command says where its rows go, and does not change them."""
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
@@ -36,6 +37,15 @@ def _show(value: float | None, form: str) -> str:
 def _mib(row: Row) -> str:
     size = row["peak_extra_bytes"]
     return _show(None if size is None else size / 2**20, ",.0f")
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}x"
+
+
+def _reference_pass(row: Row) -> str:
+    seconds = row.get("reference_pass_seconds")
+    return "–" if seconds is None else f"{seconds:.1f} s, {row['reference_pass_pairs']} pairs"
 
 
 def _op_caption(row: Row) -> str:
@@ -68,7 +78,7 @@ OP = Kind(
         "ms backward": lambda row: _show(row["ms_backward"], ",.1f"),
         "ms": lambda row: _show(row["ms_total"], ",.1f"),
         "± IQR": lambda row: _show(row["ms_spread"], ",.1f"),
-        "over the GEMMs": lambda row: _show(row["floor_ratio"], ".2f") + "x",
+        "over the GEMMs": lambda row: _times(row["floor_ratio"]),
         "extra MiB": _mib,
         "nats per 1,024 tokens": lambda row: _show(row["error_nats_per_1024"], ".1e"),
         "gradient error": lambda row: _show(row["relative_gradient_error"], ".1e"),
@@ -81,12 +91,15 @@ STEP = Kind(
     {
         "system": lambda row: f"`{row['system']}`",
         "s a step": lambda row: _show(row["seconds_per_step"], ".2f"),
-        "± range": lambda row: _show(row["seconds_spread"], ".2f"),
-        "pairs/s over TRL": lambda row: _show(row["pairs_per_second_over_trl"], ".2f") + "x",
+        "slowest - fastest": lambda row: _show(row["seconds_spread"], ".2f"),
+        "pairs/s": lambda row: _show(row["pairs_per_second"], ".2f"),
+        "over TRL": lambda row: _times(row.get("pairs_per_second_over_trl")),
+        "reference, once": _reference_pass,
         "peak GB": lambda row: _show(row["peak_rss_bytes"] / 1e9, ".2f"),
-        "peak over TRL": lambda row: _show(row["peak_rss_over_trl"], ".2f") + "x",
+        "peak over TRL": lambda row: _times(row.get("peak_rss_over_trl")),
         "tokens through the model": lambda row: _show(row["backbone_tokens_per_step"], ",d"),
-        "loss, off TRL's by": lambda row: _show(row["loss_difference"], ".0e"),
+        "through the head": lambda row: _show(row.get("head_rows_per_step"), ",d"),
+        "loss, off TRL's by": lambda row: _show(row.get("loss_difference"), ".0e"),
     },
 )
 
@@ -143,7 +156,7 @@ def table(rows: list[Row]) -> str:
         status = "measured" if first["measured"] else "predicted, not measured"
         names = dict.fromkeys(f"{r['versions'].get('torch', '')}" for r in members)
         torch = " and ".join(filter(None, names))
-        commands = dict.fromkeys(OUT.sub("", r["command"]) for r in members)
+        commands = dict.fromkeys(APART.sub("", r["command"]) for r in members)
         lines = [
             f"{kind.caption(first)}{f', torch {torch}' if torch else ''}; {status} by",
             "",
@@ -171,15 +184,25 @@ def rewritten(text: str) -> str:
     return MARKED.sub(fill, text)
 
 
+def pages() -> list[tuple[Path, Callable[[str], str]]]:
+    """Every page with tables, and what makes its text anew; those of recipes are made there."""
+    sys.path.insert(0, str(HERE / "recipes"))
+    import real_table
+    import toy
+
+    others = [(module.PAGE, module.rewritten) for module in (toy, real_table)]
+    return [*((page, rewritten) for page in PAGES), *others]
+
+
 def main() -> int:
     """Rewrite, or with ``--check`` compare: 1 if a page is out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
     asked = parser.parse_args()
     stale = 0
-    for page in PAGES:
+    for page, made in pages():
         old = page.read_text()
-        new = rewritten(old)
+        new = made(old)
         if not asked.check:
             page.write_text(new)
         elif new != old:

@@ -32,7 +32,7 @@ from transformers import (
 from fastpref import assets, rounds
 from fastpref.demo import bootstrap, split_by_prompt, tiny_model, tiny_pairs, wins
 from fastpref.rounds.examples import load_dataset, response_text
-from fastpref.rounds.reward_models import reward_text
+from fastpref.rounds.reward_models import reward_ids
 from fastpref.rounds.run import Run, given_rows
 
 Pair = dict[str, Any]
@@ -52,9 +52,9 @@ class RewardTrainer(Trainer):
         return -F.logsigmoid(chosen - rejected).mean()
 
 
-def texts(tokenizer: Any, pairs: list[Pair], side: str) -> list[str]:
+def ids(tokenizer: Any, pairs: list[Pair], side: str) -> list[list[int]]:
     """What the model reads: prompt and response, laid out as the scorer lays them out."""
-    return [reward_text(tokenizer, pair["prompt"], response_text(pair[side])) for pair in pairs]
+    return [reward_ids(tokenizer, pair["prompt"], response_text(pair[side])) for pair in pairs]
 
 
 def accuracies(folder: str, pairs: list[Pair], batch_size: int) -> dict[str, Tensor]:
@@ -115,8 +115,7 @@ def fit(start: str, pairs: list[Pair], given: argparse.Namespace, scratch: Path)
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    sides = [texts(tokenizer, pairs, side) for side in ("chosen", "rejected")]
-    tokens = [list(map(len, tokenizer(side)["input_ids"])) for side in sides]
+    tokens = [list(map(len, ids(tokenizer, pairs, side))) for side in ("chosen", "rejected")]
     short = [p for p, a, b in zip(pairs, *tokens, strict=True) if max(a, b) <= given.max_length]
     train, held_out = split_by_prompt(short, given.held_out)
     train = train[: given.train]
@@ -126,8 +125,8 @@ def fit(start: str, pairs: list[Pair], given: argparse.Namespace, scratch: Path)
     )
 
     def collate(rows: list[Pair]) -> Any:
-        both = texts(tokenizer, rows, "chosen") + texts(tokenizer, rows, "rejected")
-        return tokenizer(both, padding=True, padding_side="right", return_tensors="pt")
+        both = {"input_ids": ids(tokenizer, rows, "chosen") + ids(tokenizer, rows, "rejected")}
+        return tokenizer.pad(both, padding_side="right", return_tensors="pt")
 
     trainer = RewardTrainer(
         model,

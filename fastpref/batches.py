@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fastpref.data import PreferenceCollator, lengths, tokenize_dataset
+from fastpref.attention import FLEX, attention_of
+from fastpref.data import PreferenceCollator, TokenizationReport, lengths, tokenize_dataset
 from fastpref.data.formats import response_names
+from fastpref.data.sampling import BY_LENGTH
 from fastpref.data.tokenize import token_counts
-from fastpref.heads import causal_lm
 from fastpref.policy import Batch
 
 logger = logging.getLogger("fastpref")
@@ -123,14 +124,13 @@ def _spread(batch: dict[str, Any]) -> None:
 def make_collator(args: Any, tokenizer: Any, combined: Any, model: Any) -> PreferenceCollator:
     """The collator that a :class:`fastpref.PreferenceConfig`, its losses and a model ask for."""
     pad = tokenizer.pad_token_id
-    implementation = causal_lm(model).config.get_text_config()._attn_implementation
     return PreferenceCollator(
         pad_token_id=(tokenizer.eos_token_id or 0) if pad is None else pad,
         kind=combined.kind,
         prefix_sharing=args.prefix_sharing,
         row_tokens=args.max_tokens_per_batch,
-        dense_mask=implementation != "flex_attention",
-        pad_to_multiple_of=args.pad_to_multiple_of or 1,
+        dense_mask=attention_of(model) != FLEX,
+        pad_to_multiple_of=args.pad_to_multiple_of,
     )
 
 
@@ -174,8 +174,8 @@ def prepare_dataset(
     extend: Callable[[Any], Any] = lambda dataset: dataset,
     vocab_size: int | None = None,
     whole: bool = False,
-) -> Any:
-    """The dataset as token ids, its report printed if there is something to say.
+) -> tuple[Any, TokenizationReport]:
+    """The dataset as token ids, and its report, printed if there is something to say.
 
     Args:
         dataset: ``Dataset`` or ``IterableDataset`` in a layout of :mod:`fastpref.data.formats`.
@@ -192,13 +192,15 @@ def prepare_dataset(
         more = {"vocab_size": vocab_size, "whole": whole, "desc": desc}
         dataset, report = tokenised(dataset, tokenizer, args, kind, **more)
         dataset = extend(dataset)
+    if report.streaming and next(iter(dataset), None) is None:
+        report.check(args.max_bad_rows, ended=True)
     if args.should_log and not report.streaming and (report.bad or report.notes):
         report.print()
-    grouped = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    grouped = args.train_sampling_strategy in BY_LENGTH
     if grouped and not report.streaming and args.length_column_name not in dataset.column_names:
         counts = lengths(dataset, prefix_sharing=args.prefix_sharing)
         dataset = dataset.add_column(args.length_column_name, counts)
-    return dataset
+    return dataset, report
 
 
 def extend_dataset(

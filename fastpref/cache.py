@@ -54,8 +54,9 @@ def main(argv: Sequence[str]) -> int:
 
 def build(argv: Sequence[str]) -> int:
     """Score the data of a run that ``fastpref train`` would start from the same options; 0."""
+    from fastpref.options import parse
     from fastpref.reference_policy import Stored
-    from fastpref.train import make_trainer, parse
+    from fastpref.train import make_trainer
 
     data, model, config = parse(argv)
     if config.ref_cache_dir == "none":

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,16 @@ def fault(folder: Path) -> str | None:
 def last_complete(run_dir: str | os.PathLike[str]) -> Path:
     """The whole checkpoint in a run's folder that was written last.
 
+    One that was whole but not yet in its place when its writer was killed is put there first.
+
     Raises:
         ValueError: there is none; the message says what was found.
     """
+    for made in Path(run_dir, STAGING).glob("checkpoint-*"):
+        place = Path(run_dir, made.name)
+        if not place.exists() and fault(made) is None:
+            with suppress(OSError):  # another rank was faster
+                made.replace(place)
     folders = [p for p in Path(run_dir).glob("checkpoint-*") if p.is_dir()]
     faults = {p: fault(p) for p in folders}
     for path, wrong in faults.items():
@@ -96,6 +103,21 @@ def verify(path: str | os.PathLike[str]) -> Path:
         )
     logger.warning("%s was not written by fastpref: the loss's own state is not in it", folder)
     return folder
+
+
+def check_state(folder: Path) -> None:
+    """Raise ``ValueError`` unless a checkpoint holds what a run goes on from, beside the model."""
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{folder} has no trainer_state.json, so that a run cannot go on from it: resume from "
+            "another one. Where machines have a disk each, save with save_on_each_node=True"
+        )
+    if not any(any(folder.glob(name)) for name in ("optimizer*", "global_step*")):
+        raise ValueError(
+            f"{folder} holds the model alone (save_only_model=True): optimiser, schedule and "
+            "random numbers would start anew. Resume from another one, or start a run of its own "
+            "from it, as its model"
+        )
 
 
 @contextmanager
@@ -139,6 +161,7 @@ def staged(
         barrier()
         # A machine with a disk of its own still has what its ranks wrote.
         if cleans and folder.is_dir():
+            seal(folder, content)
             publish(folder, run_dir / name)
     except Exception as error:  # torch, safetensors and Python each word a full disk in their way
         raise OSError(
@@ -169,6 +192,19 @@ def publish(folder: Path, target: Path) -> None:
         target.replace(folder.with_name("replaced"))
     folder.replace(target)
     sync(target.parent)
+
+
+def merge(made: Path, folder: Path) -> None:
+    """Move the files of a folder into another one that stays, each in one go."""
+    for path in sorted(p for p in made.rglob("*") if p.is_file()):
+        sync(path)
+        target = folder / path.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    sync(folder)
+    shutil.rmtree(made, ignore_errors=True)
+    with suppress(OSError):
+        made.parent.rmdir()
 
 
 class Interrupt:

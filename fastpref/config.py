@@ -49,10 +49,20 @@ _LEAST = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_tokens_per_batch": 1,
+    "pad_to_multiple_of": 1,
     "max_bad_rows": 0,
     "precompute_ref_batch_size": 1,
     "ref_model_sync_steps": 1,
 }
+
+
+_DIVERGENCES = {
+    "reverse_kl": None,
+    "forward_kl": "forward_kl",
+    "js_divergence": "js",
+    "alpha_divergence": "alpha",
+}
+"""TRL's name of a divergence, and the losses' own."""
 
 
 def _whole(value: int | str, name: str) -> int:
@@ -125,7 +135,8 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     )
     padding_free: bool = _option(True, "Accepted for TRL's sake: rows are always packed.")
     pad_to_multiple_of: int | str | None = _option(
-        "auto", "Pad rows to a multiple of this many tokens. 'auto': no."
+        "auto",
+        "Pad rows to a multiple of this many tokens. 'auto': 128 for FlexAttention, else no.",
     )
     prefix_sharing: bool = _option(True, "Hold the prompt of a pair once, for both responses.")
     packing: bool = _option(
@@ -133,6 +144,13 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     )
     max_tokens_per_batch: int | None = _option(
         None, "Most tokens of a packed row; a longer pair has its own. None: what costs least."
+    )
+
+    train_sampling_strategy: str = _option(
+        "random",
+        "Order of the data: even_tokens makes steps and micro-batches of nearly the same number of "
+        "tokens, group_by_length of examples of nearly the same length.",
+        choices=["random", "sequential", "even_tokens", "group_by_length", "batch_rebalance"],
     )
 
     # the loss
@@ -148,7 +166,7 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     f_divergence_type: str = _option(
         "reverse_kl",
         "Divergence from the reference.",
-        choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+        choices=list(_DIVERGENCES),
     )
     f_alpha_divergence_coef: float = _option(0.5, "Alpha of alpha_divergence.")
     ld_alpha: float | None = _option(
@@ -156,6 +174,8 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
     )
     use_weighting: bool = _option(False, "Weigh pairs by the policy's probability (WPO).")
     discopop_tau: float | None = _option(None, "Temperature of discopop. None: the loss's own.")
+    desirable_weight: float | None = _option(None, "Weight of desirable responses. None: 1.")
+    undesirable_weight: float | None = _option(None, "Weight of undesirable responses. None: 1.")
     nll_reduction: str | None = _option(
         None, "Mean of a likelihood term over 'example' or 'tokens'. None: the loss's own."
     )
@@ -203,10 +223,12 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         if self.activation_offloading:
             if not self.gradient_checkpointing:
                 raise ValueError("activation_offloading needs gradient_checkpointing=True")
-            kwargs = {
-                **(getattr(self, "gradient_checkpointing_kwargs", None) or {}),
-                "offload": True,
-            }
+            if self.use_cpu:
+                raise ValueError(
+                    "activation_offloading keeps activations in host memory, where they are anyway "
+                    "on a CPU: drop it, or use_cpu"
+                )
+            kwargs = dict(getattr(self, "gradient_checkpointing_kwargs", None) or {}, offload=True)
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
         if self.use_liger_kernel:
             # Liger's fused cross-entropy replaces the forward whose head this library takes over.
@@ -221,32 +243,16 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
 
     def loss_options(self) -> dict[str, tuple[str, Any]]:
         """Options that are arguments of losses: their name there, and the value or None."""
-        names = {
-            "reverse_kl": None,
-            "forward_kl": "forward_kl",
-            "js_divergence": "js",
-            "alpha_divergence": "alpha",
-        }
-        if self.f_divergence_type not in names:
-            raise ValueError(
-                f"f_divergence_type={self.f_divergence_type!r}: expected one of {list(names)}"
-            )
-        divergence = names[self.f_divergence_type]
+        divergence = _DIVERGENCES[self.f_divergence_type]
         alpha = self.f_alpha_divergence_coef if divergence == "alpha" else None
-        if (
-            alpha is None
-            and self.f_alpha_divergence_coef != PreferenceConfig.f_alpha_divergence_coef
-        ):
-            raise ValueError(
-                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef} has no effect with "
-                f"f_divergence_type={self.f_divergence_type!r}: set 'alpha_divergence', or drop it"
-            )
         return {
             "label_smoothing": ("label_smoothing", self.label_smoothing),
             "f_divergence_type": ("f_divergence", divergence),
             "f_alpha_divergence_coef": ("f_alpha", alpha),
             "use_weighting": ("weighting", "wpo" if self.use_weighting else None),
             "discopop_tau": ("tau", self.discopop_tau),
+            "desirable_weight": ("desirable_weight", self.desirable_weight),
+            "undesirable_weight": ("undesirable_weight", self.undesirable_weight),
             "nll_reduction": ("nll_reduction", self.nll_reduction),
             "nll_scope": ("nll_scope", self.nll_scope),
         }
@@ -271,9 +277,18 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         for name in ("ld_alpha", "ref_model_mixup_alpha"):
             if (share := getattr(self, name)) is not None and not 0.0 <= share <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {share}")
-        if self.truncation_mode not in ("keep_start", "keep_end"):
+        for name in ("truncation_mode", "f_divergence_type", "train_sampling_strategy"):
+            words = PreferenceConfig.__dataclass_fields__[name].metadata["choices"]
+            if (word := getattr(self, name)) not in words:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, got {word!r}")
+        alpha = self.f_alpha_divergence_coef
+        if (
+            self.f_divergence_type != "alpha_divergence"
+            and alpha != type(self).f_alpha_divergence_coef
+        ):
             raise ValueError(
-                f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}"
+                f"f_alpha_divergence_coef={alpha} has no effect with "
+                f"f_divergence_type={self.f_divergence_type!r}: set 'alpha_divergence', or drop it"
             )
         if self.label_smoothing_factor:
             raise ValueError(
@@ -309,13 +324,8 @@ class KTOConfig(PreferenceConfig):
 
     loss_type: str | list[str] = _option(["kto"], "kto, apo_zero_unpaired or bco.")
     beta: float | None = _option(0.1, "Strength of the reference.")
-    desirable_weight: float = _option(1.0, "Weight of desirable responses.")
-    undesirable_weight: float = _option(1.0, "Weight of undesirable responses.")
-
-    def loss_options(self) -> dict[str, tuple[str, Any]]:
-        """See :meth:`PreferenceConfig.loss_options`."""
-        own = ("desirable_weight", "undesirable_weight")
-        return super().loss_options() | {name: (name, getattr(self, name)) for name in own}
+    desirable_weight: float | None = _option(1.0, "Weight of desirable responses.")
+    undesirable_weight: float | None = _option(1.0, "Weight of undesirable responses.")
 
 
 _CPO_LOSSES = {

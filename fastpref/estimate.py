@@ -8,7 +8,11 @@ counted by :mod:`fastpref.footprint`.
 from __future__ import annotations
 
 import copy
+import logging
+import multiprocessing
+import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,18 +20,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastpref.attention import FLEX, choose_attention
 from fastpref.config import PreferenceConfig
 from fastpref.costs import Head, scratch_bytes
 from fastpref.data.packing import Document, pack
-from fastpref.footprint import HEAD, MASK, Layout, count_step, faked, weight_bytes
+from fastpref.footprint import HEAD, Layout, count_step, faked, weight_bytes
 from fastpref.heads import causal_lm, output_embedding, read_head
 from fastpref.models import adjust, load_config, prepare_policy
 from fastpref.objective import make_losses
+from fastpref.options import ModelArguments
 from fastpref.reference_policy import choose_reference
 from fastpref.schedule import plan
 from fastpref.selfcheck import PROMPT_TOKENS, RESPONSE_TOKENS
-from fastpref.train import ModelArguments, lora
+from fastpref.train import lora
 
+IMPORTED = ("fastpref.trainer", "datasets", "peft")
+"""Modules that a training run imports."""
 PROCESS, WEIGHTS, REFERENCE = "process", "weights", "reference"
 
 
@@ -120,18 +128,39 @@ def estimate(run: Run) -> Estimate:
         FileNotFoundError: There is no such model.
         ValueError: Options contradict each other, or the model's code cannot run on fake tensors.
     """
+    if run.machine.device != "cpu":
+        return _count(run)
+    # Malloc's answer depends on what it has been asked before: each plan asks in a process that has
+    # imported what a training run has, and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__, *IMPORTED])
+    with ProcessPoolExecutor(1, context) as fresh:
+        return fresh.submit(_quietly, run).result()
+
+
+def _quietly(run: Run) -> Estimate:
+    """Without what transformers says of a model, once more for each task."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    return _count(run)
+
+
+def _count(run: Run) -> Estimate:
     config, machine = run.config, run.machine
     combined = make_losses(config)
     with torch.device("meta"):
         policy = _policy(run)
         reference = _reference(run, policy, combined)
-    flex = _loading(run).get("attn_implementation") == "flex_attention"
+    named = _loading(run).get("attn_implementation")
+    flex = choose_attention(policy, config, named, machine.device).name == FLEX
     batch = run.lengths.batch(config.per_device_train_batch_size)
     layout = lay_out(batch, config, dense_mask=not flex, prompts="prompt" in combined.needs)
     precision = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    # Scored before training, and not in it.
+    ahead = config.precompute_ref_log_probs or reference.reads_texts
     held = Counter({PROCESS: machine.base, WEIGHTS: weight_bytes(policy)})
     held[REFERENCE] = sum(map(weight_bytes, reference.models))
-    with faked(policy):
+    with faked(policy, *reference.models):
         try:
             counted = count_step(
                 policy,
@@ -139,8 +168,10 @@ def estimate(run: Run) -> Estimate:
                 head_options={"memory_budget": config.head_memory_budget},
                 precision=precision,
                 make_optimizer=lambda model: _optimizer(config, model),
-                accumulates=config.gradient_accumulation_steps > 1,
+                micro_batches=config.gradient_accumulation_steps,
                 on_cpu=machine.device == "cpu",
+                reference=reference if reference.live and not ahead else None,
+                dense=not flex,
             )
         except (RuntimeError, NotImplementedError) as error:
             name = type(causal_lm(policy)).__name__
@@ -155,11 +186,6 @@ def estimate(run: Run) -> Estimate:
         *(head.vocab_size, head.hidden_size, size, machine.device, config.head_memory_budget),
     )
     counted[HEAD] += scratch_bytes(how, layout.responses, head, size, machine.device)[0]
-    if flex:
-        counted[MASK] = 0
-    else:  # of the micro-batches of a step, which are read together, and of the next one
-        rows, _, tokens, _ = layout.mask_shape
-        counted[MASK] += (config.gradient_accumulation_steps + 1) * rows * tokens * tokens
     moments = {"in an optimiser step": held + counted}
     if config.self_check:
         # Logits of two short pairs, and their magnitudes.
@@ -194,7 +220,7 @@ def lay_out(
         row_tokens=config.max_tokens_per_batch,
         prefix_sharing=config.prefix_sharing and config.packing,
         dense_mask=dense_mask,
-        pad_to_multiple_of=int(config.pad_to_multiple_of or 1),
+        pad_to_multiple_of=config.pad_to_multiple_of,  # type: ignore[arg-type]
     )
     rows, tokens = packed.input_ids.shape
     if not config.packing:
@@ -227,10 +253,11 @@ def _fake_model(name: str, run: Run, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     given = _loading(run)
-    if given.get("quantization_config") is not None:
+    quantised = run.model.load_in_4bit or run.model.load_in_8bit
+    if quantised or given.get("quantization_config") is not None:
         raise ValueError(
-            "quantization_config: what quantised weights take cannot be planned; without it, the "
-            "plan is an upper bound"
+            "what quantised weights take cannot be planned; without load_in_4bit, load_in_8bit or "
+            "quantization_config the plan is an upper bound"
         )
     found = load_config(name, run.config, revision=given.get("revision"))
     asked = given.get("dtype", dtype)
@@ -243,7 +270,7 @@ def _fake_model(name: str, run: Run, dtype: torch.dtype) -> Any:
         found,
         dtype=asked,
         # FlexAttention keeps what SDPA keeps, but for the mask.
-        attn_implementation="sdpa" if attention == "flex_attention" else attention,
+        attn_implementation="sdpa" if attention == FLEX else attention,
         trust_remote_code=run.config.trust_remote_code,
     )
 

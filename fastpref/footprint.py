@@ -22,16 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastpref import registered
-from fastpref.data.masks import to_attention_mask
-from fastpref.heads import causal_lm, output_embedding, read_head
+from fastpref.data.masks import dense_mask
+from fastpref.heads import assume_no_transform
+from fastpref.heap import Malloc
 from fastpref.linear import Saved
-from fastpref.ops import linear_logprobs
+from fastpref.policy import response_logps
+from fastpref.reference_policy import Reference
 
-MAPPED = 32 << 20
-"""Bytes from which on glibc's malloc gives freed blocks back to the system, once it has run for a
-while; smaller ones stay in its heap."""
 ACTIVATIONS, GRADIENTS, HEAD = "activations", "gradients", "head"
-MASK, OPTIMISER = "attention mask", "optimiser"
+MASK, OPTIMISER, HOLES = "attention mask", "optimiser", "malloc's holes"
 
 _aten = torch.ops.aten
 _FORWARD, _BACKWARD = registered.linear_logprobs, registered.linear_logprobs_backward
@@ -66,23 +65,23 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def faked(model: nn.Module) -> Iterator[None]:
-    """Turn a model on the meta device into one of fake tensors on a CPU, and enter their mode.
+def faked(*models: nn.Module) -> Iterator[None]:
+    """Turn models on the meta device into ones of fake tensors on a CPU, and enter their mode.
 
     On the meta device the model's code would not run as it does: attention takes another path, and
     autocast none.
     """
     # allow_non_fake_inputs: what model code makes of Python numbers is no fake tensor.
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}
+        modules = [module for model in models for module in model.modules()]
+        held = [own for module in modules for own in (module._parameters, module._buffers)]
         fakes: dict[int, Any] = {}
-        for key, x in tensors.items():
+        for x in (x for own in held for x in own.values() if x is not None):
             fake = FakeTensor(mode, x.detach(), torch.device("cpu"))
             is_weight = isinstance(x, nn.Parameter)
-            fakes[key] = nn.Parameter(fake, x.requires_grad) if is_weight else fake
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                held.update({k: fakes[id(x)] for k, x in held.items() if x is not None})
+            fakes.setdefault(id(x), nn.Parameter(fake, x.requires_grad) if is_weight else fake)
+        for own in held:
+            own.update({k: fakes[id(x)] for k, x in own.items() if x is not None})
         yield
 
 
@@ -90,7 +89,7 @@ def _key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Block:
     """Memory that is there for a while."""
 
@@ -99,17 +98,31 @@ class _Block:
     """Bytes."""
     lent: bool
     """It comes from what :mod:`fastpref.scratch` keeps on a CPU."""
+    address: int | None = None
     holders: int = 0
     """Storages in it: more than one where a sum took the place of its operand."""
 
 
-def _most(events: list[tuple[_Block, int]]) -> Counter[str]:
-    """Bytes by part when there are most of them."""
-    live, most, found = Counter[str](), -1, Counter[str]()
-    for block, size in events:
-        live[block.part] += size
-        if live.total() > most:
-            most, found = live.total(), live.copy()
+class _Event(NamedTuple):
+    """Memory appears or goes."""
+
+    block: _Block
+    size: int
+    """Bytes; negative when it goes."""
+    held: int
+    """What malloc holds then, bytes; 0 if it is not asked."""
+
+
+def _peak(events: Iterable[_Event]) -> Counter[str]:
+    """Bytes by part when blocks take most; what malloc holds at its own most beyond that, its
+    holes, is one."""
+    live, most, held, found = Counter[str](), -1, 0, Counter[str]()
+    for event in events:
+        live[event.block.part] += event.size
+        held = max(held, event.held)
+        if (now := live.total()) > most:
+            most, found = now, live.copy()
+    found[HOLES] = max(held - most, 0)
     return found
 
 
@@ -123,16 +136,25 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         known: Tensors that are there before, and do not count.
         mask_shape: What a mask is told by.
+        mask_part: What a mask belongs to; "": to nothing that is counted.
+        malloc: Blocks come from it, but for those of :mod:`fastpref.scratch`. None: from an
+            allocator that gives every block to whoever asks next.
     """
 
-    def __init__(self, known: Iterable[Tensor], mask_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        known: Iterable[Tensor],
+        mask_shape: tuple[int, ...],
+        mask_part: str,
+        malloc: Malloc | None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.mask_shape = mask_shape
+        self.mask_shape, self.mask_part = mask_shape, mask_part
         self.part = ACTIVATIONS
         """What a tensor belongs to unless it is known better."""
         self.in_backward = False
-        self.events: list[tuple[_Block, int]] = []
-        """A block, and its bytes: negative when it goes. In order."""
+        self.events: list[_Event] = []
+        self._malloc = malloc
         self._holds: dict[int, _Block | None] = dict.fromkeys(map(_key, known))
 
     def __torch_dispatch__(
@@ -151,8 +173,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             block = self._holds.get(_key(args[0])) if meets else None
             if block is None:
                 size = x.untyped_storage().nbytes()
-                block = _Block(self._part_of(func, index, x), size, (func, index) in _LENT)
-                self.events.append((block, size))
+                lent = self._malloc is not None and (func, index) in _LENT
+                block = _Block(self._part_of(func, index, x), size, lent)
+                self._appear(block)
             self._hold(x, block)
         return out
 
@@ -161,7 +184,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return GRADIENTS
         if func in (_FORWARD, _BACKWARD):
             return HEAD
-        return MASK if tuple(x.shape) == self.mask_shape else self.part
+        return self.mask_part if tuple(x.shape) == self.mask_shape else self.part
 
     def _hold(self, x: Tensor, block: _Block) -> None:
         key = _key(x)
@@ -172,39 +195,44 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._holds[key]
             block.holders -= 1
             if not block.holders:
-                self.events.append((block, -block.size))
+                self._go(block)
 
         weakref.finalize(x.untyped_storage(), release).atexit = False
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """Say what tensors that are there now belong to; "": to nothing that is counted."""
+        """Say what tensors that are there now belong to."""
         for x in tensors:
             block = self._holds.get(_key(x))
             if block is not None:
                 block.part = part
 
-    def peak(self, on_cpu: bool) -> Counter[str]:
+    def _appear(self, block: _Block) -> None:
+        held = 0
+        if self._malloc and block.size and block.part and not block.lent:
+            block.address = self._malloc.allocate(block.size)
+            held = self._malloc.held
+        self.events.append(_Event(block, block.size, held))
+
+    def _go(self, block: _Block) -> None:
+        if self._malloc and block.address is not None:
+            self._malloc.free(block.address)
+        self.events.append(_Event(block, -block.size, 0))
+
+    def peak(self) -> Counter[str]:
         """Bytes by part at the moment when they are most.
 
-        A GPU's allocator gives every block to whoever asks next. On a CPU there are pools that
-        keep what they have had: the slabs of :mod:`fastpref.scratch`, those for E and those for
-        gradients, and malloc's heap, which holds the blocks below :data:`MAPPED`; its holes are not
-        counted.
+        The slabs of :mod:`fastpref.scratch`, those for E and those for gradients, keep what they
+        have had, so that each counts at its own most.
         """
-        pools: dict[str, list[tuple[_Block, int]]] = {}
-        for block, size in self.events:
-            if block.part:
-                pools.setdefault(self._pool(block) if on_cpu else "", []).append((block, size))
+        pools: dict[str, list[_Event]] = {}
+        for event in self.events:
+            if event.block.part:
+                pool = event.block.part if event.block.lent else ""
+                pools.setdefault(pool, []).append(event)
         found = Counter[str]()
         for events in pools.values():
-            found += _most(events)
+            found += _peak(events)
         return found
-
-    @staticmethod
-    def _pool(block: _Block) -> str:
-        if block.lent:
-            return f"slab of {block.part}"
-        return "heap" if block.size < MAPPED else "mapped"
 
 
 def count_step(
@@ -214,8 +242,10 @@ def count_step(
     head_options: dict[str, Any],
     precision: torch.dtype | None,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    accumulates: bool,
+    micro_batches: int,
     on_cpu: bool,
+    reference: Reference | None = None,
+    dense: bool = True,
 ) -> Counter[str]:
     """Bytes by part when an optimiser step holds most, the weights aside.
 
@@ -226,51 +256,58 @@ def count_step(
         head_options: ``backend`` and ``memory_budget`` of the head.
         precision: Of autocast; None: without.
         make_optimizer: For the weights that train.
-        accumulates: Several micro-batches make a step: gradients are there in the next forward.
-        on_cpu: Memory comes from pools that keep what they have had.
+        micro_batches: Of a step. They are read together, and one of the next step ahead.
+        on_cpu: Memory comes from malloc, else from a caching allocator.
+        reference: Scores each micro-batch first, its models of fake tensors too.
+        dense: The attention mask is a tensor.
 
     Returns:
-        ``gradients``, ``optimiser``, ``activations``, ``attention mask``, ``head``. The scratch of
-        a call of the head, which is no tensor of the step, is not in it.
+        ``gradients``, ``optimiser``, ``activations``, ``attention mask``, ``head``, and on a CPU
+        ``malloc's holes``. The scratch of a call of the head, which is no tensor of the step, is
+        not in it.
     """
-    inner: Any = causal_lm(model)
     rows, tokens, responses = layout
     ids = torch.zeros((rows, tokens), dtype=torch.int64)
-    mask = torch.ones(layout.mask_shape, dtype=torch.bool)
     targets = torch.zeros(responses, dtype=torch.int64)
-    known = [*model.parameters(), *model.buffers(), ids, mask, targets]
-    implementation = inner.config.get_text_config()._attn_implementation
+    batch: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
+    batch |= {"response_rows": targets, "response_targets": targets}
+    models = (model, *(reference.models if reference else ()))
+    for each in models:
+        assume_no_transform(each)
+    known = [ids, targets, *(x for m in models for x in (*m.parameters(), *m.buffers()))]
     weights = [p for p in model.parameters() if p.requires_grad]
+
+    def make_mask() -> Tensor:
+        # A collator makes it, on a CPU.
+        return dense_mask(ids, ids) if on_cpu else torch.ones(layout.mask_shape, dtype=torch.bool)
+
     model.train()
-    ledger = _Ledger(known, layout.mask_shape)
+    optimizer: torch.optim.Optimizer | None = None
+    malloc = Malloc() if on_cpu else None
+    ledger = _Ledger(known, layout.mask_shape, MASK if dense else "", malloc)
     with ledger:
-        for _ in range(2 if accumulates else 1):
-            with torch.autocast("cpu", precision) if precision else nullcontext():
-                seen = to_attention_mask(mask, implementation, inner.dtype)
-                hidden = inner.base_model(
-                    input_ids=ids, position_ids=ids, attention_mask=seen, use_cache=False
-                ).last_hidden_state
-                hidden = hidden.flatten(0, 1).index_select(0, targets)
-                head = read_head(output_embedding(model), hidden)
-                logps = linear_logprobs(
-                    head.hidden, head.weight, targets, bias=head.bias, **head_options
-                )
-            assert isinstance(logps, Tensor)
-            loss = logps.sum()
-            del hidden, head, logps, seen
-            ledger.in_backward = True
-            loss.backward()  # type: ignore[no-untyped-call]
-            ledger.in_backward = False
-            del loss
-        ledger.assign(GRADIENTS, [p.grad for p in weights if p.grad is not None])
-        ledger.part = OPTIMISER
-        optimizer = make_optimizer(model)
-        optimizer.step()
-        state = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
-        ledger.assign("", state)
-        found = ledger.peak(on_cpu)
-    # From the second step on the optimiser's state is there all the time.
-    found[OPTIMISER] += storage_bytes(state)
-    for weight in weights:
-        weight.grad = None
-    return found
+        ahead = make_mask()
+        for _ in range(2):  # the second step finds the optimiser's state, and a heap with holes
+            ledger.part = ACTIVATIONS
+            masks = [ahead, *(make_mask() for _ in range(micro_batches))]
+            ahead = masks.pop()
+            # A third micro-batch finds what the second does.
+            for mask in masks[:2]:
+                batch["attention_mask"] = mask
+                with torch.autocast("cpu", precision) if precision else nullcontext():
+                    scored = reference.score(model, batch) if reference else None
+                    found = response_logps(model, batch, return_stats=True, **head_options)
+                loss = found.logps.sum()
+                del scored, found
+                ledger.in_backward = True
+                loss.backward()  # type: ignore[no-untyped-call]
+                ledger.in_backward = False
+                del loss
+            ledger.assign(GRADIENTS, [p.grad for p in weights if p.grad is not None])
+            ledger.part = OPTIMISER
+            optimizer = optimizer or make_optimizer(model)
+            optimizer.step()
+            for weight in weights:
+                weight.grad = None
+            del mask, masks, batch["attention_mask"]
+        return ledger.peak()

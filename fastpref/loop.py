@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastpref import checkpoint, selfcheck
+from fastpref import checkpoint, moving, selfcheck
 from fastpref.data.formats import response_names
+from fastpref.data.sampling import set_epoch
 from fastpref.metrics import Meter
 from fastpref.reference_policy import Frozen
 
@@ -101,6 +102,10 @@ class Loop(TrainerCallback):  # type: ignore[misc]
                 batch = collate(examples)
                 selfcheck.check_reference(model, trainer.reference, batch, start=start, **options)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that goes on reads the rest of the epoch it was in, on every rank."""
+        set_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the state before the step."""
         trainer = self.trainer
@@ -134,8 +139,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         trainer.meter = before.meter
         for name, saved in before.states.items():
             trainer.combined.states[name].load_state_dict(saved.state_dict())
-        broken = torch.stack([~whole(p.detach()) for p in trainer.model.parameters()]).any()
-        if trainer.ranks.sum(broken.double()[None]).item():
+        if self.broken():
             state = "The weights are not finite either, and are not saved: take the last checkpoint"
         else:
             trainer._save_checkpoint(trainer.model_wrapped, trial=None)
@@ -147,6 +151,15 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             "learning_rate, set max_grad_norm, or train in bf16 rather than fp16."
         )
 
+    def broken(self) -> bool:
+        """Whether a weight that trains is not finite, on any rank; one reduction and host sync."""
+        trainer = self.trainer
+        # of ZeRO-3 this rank's part
+        parts = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters() if p.requires_grad]
+        device = trainer.accelerator.device
+        broken = torch.stack([~whole(part.detach()).to(device) for part in parts]).any()
+        return bool(trainer.ranks.sum(broken.double()[None]).item())
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move a reference that follows the policy; stop if all agreed to."""
         trainer = self.trainer
@@ -154,7 +167,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
         reference = trainer.reference
         moves = args.sync_ref_model and state.global_step % args.ref_model_sync_steps == 0
         if moves and isinstance(reference, Frozen):
-            reference.move_towards(trainer.model, args.ref_model_mixup_alpha)
+            moving.move_towards(reference.models[0], trainer.model, args.ref_model_mixup_alpha)
         if self.stopping:
             control.should_save = True
             control.should_training_stop = True
@@ -169,8 +182,8 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             "meter": trainer.meter.state_dict(),
         }
         checkpoint.write_json(folder / self._rank_file(), content)
-        if trainer.args.sync_ref_model and trainer.args.should_save:
-            trainer.reference.save(folder)
+        if trainer.args.sync_ref_model:
+            moving.save(trainer.reference.models[0], folder, trainer.args.should_save)
 
     def _restore(self, folder: Path) -> None:
         trainer = self.trainer
@@ -179,7 +192,7 @@ class Loop(TrainerCallback):  # type: ignore[misc]
             return
         trainer.combined.load_state_dict(saved["losses"])
         if trainer.args.sync_ref_model:
-            trainer.reference.load(folder)
+            moving.load(trainer.reference.models[0], folder)
         path = folder / self._rank_file()
         content = json.loads(path.read_text()) if path.exists() else {"ranks": None}
         if content["ranks"] != trainer.accelerator.num_processes:

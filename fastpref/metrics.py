@@ -7,6 +7,7 @@ steps and ranks of any size add up to the same mean.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -18,14 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fastpref.disk import write_text
 from fastpref.losses import GroupLogps, PairLogps, UnpairedLogps
 from fastpref.losses.combine import Combined
+from fastpref.losses.maths import log1mexp
 from fastpref.ops import segment_sum
 from fastpref.policy import Batch, ResponseLogps
 from fastpref.stopwatch import Stopwatch
 
+BY_LENGTH = "rewards/accuracies/len_"
+"""How the keys of :func:`accuracy_by_length` begin."""
 Rows = Mapping[str, tuple[Tensor, Tensor]]
 """By key: for each example a number, and its share of what the mean is taken over. Shapes (B,)."""
 
@@ -52,9 +57,9 @@ def example_rows(
     cu_seqlens, lengths = batch["cu_seqlens"], batch["lengths"].double()
     numbers = {"entropy": stats.entropy, "logits": stats.logit_mean, "top1": stats.top1}
     if reference is not None:
-        # An estimate of KL(policy || reference) of low variance, never negative (Schulman's k3).
-        gap = (reference.view(-1, reference.shape[-1])[0] - policy.logps).clamp(max=20.0)
-        numbers["kl"] = gap.expm1() - gap
+        # How far they are apart (Schulman's k2). His k3 estimates a KL from samples of the policy,
+        # and explodes on tokens of others that the policy has all but ruled out.
+        numbers["kl"] = (policy.logps - reference.view(-1, reference.shape[-1])[0]).square() / 2
     summed = {
         name: segment_sum(x.to(policy.logps.dtype), cu_seqlens) for name, x in numbers.items()
     }
@@ -113,9 +118,18 @@ def _pair_rows(
         "logps/rejected": (pairs.rejected, one),
         "len/chosen": (lengths[chosen], one),
         "len/rejected": (lengths[rejected], one),
+        "nll_loss": (-pairs.chosen, lengths[chosen]),
     }
+    if pairs.prompt is not None:  # the likelihood counts it too
+        tokens = lengths[chosen] + pairs.prompt_lengths
+        rows["nll_loss"] = (-pairs.chosen - pairs.prompt, tokens)
     if "kl" in summed:
         rows["kl"] = (summed["kl"][chosen] + summed["kl"][rejected], both)
+    if "orpo" in combined.names:
+        good = pairs.chosen / lengths[chosen].clamp(min=1)
+        bad = pairs.rejected / lengths[rejected].clamp(min=1)
+        odds = (good - bad) - (log1mexp(good) - log1mexp(bad))
+        rows |= {"log_odds_chosen": (odds, one), "log_odds_ratio": (logsigmoid(odds), one)}
     return rows
 
 
@@ -158,8 +172,8 @@ def accuracy_by_length(rows: Rows) -> Rows:
     found = {}
     for low, high in pairwise([0, *(2**k for k in range(5, 15)), torch.inf]):
         inside = ((longer > low) & (longer <= high)).double()
-        name = f"len_{low + 1}-{high}" if high < torch.inf else f"len_{low + 1}-"
-        found[f"rewards/accuracies/{name}"] = (wins * inside, inside)
+        name = f"{low + 1}-{high}" if high < torch.inf else f"{low + 1}-"
+        found[BY_LENGTH + name] = (wins * inside, inside)
     return found
 
 
@@ -220,7 +234,10 @@ class Meter:
         return self.tokens_seen + float(sum(torch.tensor(self._tokens, device=device)))
 
     def read(
-        self, reduce: Callable[[Tensor], Tensor] | None = None, rates: bool = True
+        self,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        rates: bool = True,
+        beside: Mapping[str, Tensor | float] | None = None,
     ) -> dict[str, float]:
         """The means since the last call, by key; one host sync, and the sums start anew.
 
@@ -229,21 +246,34 @@ class Meter:
             rates: Also tokens and examples a second, seconds in all and in the policy's head, mean
                 and spread of the tokens of a step, and peak memory. Times are of the mean rank,
                 memory is this rank's.
+            beside: Further numbers of this rank, whose mean over the ranks is found with the rest.
+
+        Returns:
+            NaN where nothing was there to take a mean over, such as KTO's rejected responses of a
+            log that saw none; but accuracies by length only of lengths that occurred.
         """
         if self._totals is None:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)
         own = (self._examples, self._tokens, *self._steps, seconds, self.head.take(), 1)
-        packed = torch.cat([self._totals, self._totals.new_tensor(own)])
+        more = [
+            torch.as_tensor(x, dtype=self._totals.dtype, device=self._totals.device).view(1)
+            for x in (beside or {}).values()
+        ]
+        packed = torch.cat([self._totals, *more, self._totals.new_tensor(own)])
         found = (packed if reduce is None else reduce(packed)).tolist()
         numbers, (examples, tokens, steps, laid_out, squares, total, head, ranks) = (
             found[: -len(own)],
             found[-len(own) :],
         )
         size = len(self._keys)
-        sums = dict(zip(self._keys, numbers[:size], strict=True))
-        shares = dict(zip(self._keys, numbers[size:], strict=True))
-        result = {key: sums[key] / shares[key] for key in self._keys if shares[key]}
+        result = {
+            key: x / n if n else math.nan
+            for key, x, n in zip(self._keys, numbers, numbers[size:], strict=False)
+            if n or not key.startswith(BY_LENGTH)
+        }
+        totals = zip(beside or {}, numbers[2 * size :], strict=True)
+        result |= {key: x / ranks for key, x in totals}
         if {"rewards/chosen", "rewards/rejected"} <= result.keys():
             margin = result["rewards/chosen"] - result["rewards/rejected"]
             result.setdefault("rewards/margins", margin)
@@ -356,8 +386,9 @@ class MetricsFile:
         write_text(self.path, "".join(kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line."""
+        """Write one line, with null for what is not a number."""
+        plain = {key: None if x != x else x for key, x in record.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(plain) + "\n")
             file.flush()
             os.fsync(file.fileno())

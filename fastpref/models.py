@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpref.attention import attention_of, settle_attention
 from fastpref.config import PreferenceConfig, native_bf16
 from fastpref.heads import causal_lm, output_embedding
 from fastpref.paths import located
@@ -131,7 +132,8 @@ def load_config(name: str, args: Any, *, revision: str | None = None) -> Any:
 
 
 def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) -> Any:
-    """A causal language model by name or path; safetensors and no remote code unless asked.
+    """A causal language model by name or path; safetensors and no remote code unless asked, with
+    the attention that :func:`fastpref.attention.choose_attention` chooses unless one is asked for.
 
     Args:
         name: As for ``from_pretrained``.
@@ -163,7 +165,7 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
     kwargs = {**defaults, **{k: v for k, v in options.items() if v is not None}, **given}
     path = _folder(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "dtype": dtype})
+        model = AutoModelForCausalLM.from_pretrained(path, **{**kwargs, "dtype": dtype})
     except SafetensorError as error:
         raise ValueError(
             f"{name}: a file of weights is damaged, or was cut short ({error}): copy or download "
@@ -179,6 +181,8 @@ def load_model(name: str, args: Any, *, frozen: bool = False, **options: Any) ->
             "read. Save them as safetensors, or, if you trust them, set model_init_kwargs="
             "{'use_safetensors': False}"
         ) from error
+    settle_attention(model, args, kwargs.get("attn_implementation"), args.device)
+    return model
 
 
 def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config: Any) -> Any:
@@ -194,7 +198,7 @@ def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config:
         ValueError: nothing of the model trains, or it is loaded and to be quantised.
         TypeError: ``peft_config`` is no PEFT config, or the model has no output head.
     """
-    if isinstance(model, str):
+    if by_name := isinstance(model, str):
         frozen = peft_config is not None
         model = load_model(model, args, frozen=frozen, quantization_config=quantization_config)
     elif quantization_config is not None:
@@ -204,6 +208,8 @@ def prepare_policy(model: Any, args: Any, quantization_config: Any, peft_config:
     elif args.model_init_kwargs:
         logger.warning("model_init_kwargs has no effect: the model is loaded already")
     output_embedding(model)
+    if not by_name:
+        settle_attention(model, args, attention_of(model), args.device)
     if peft_config is not None:
         model = _with_adapter(model, peft_config)
     if not any(p.requires_grad for p in model.parameters()):

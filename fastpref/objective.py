@@ -6,6 +6,7 @@ This file knows configs, batches and losses; not models, trainers or devices.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -20,13 +21,10 @@ from fastpref.losses.batch import BATCHES
 from fastpref.losses.combine import Combined
 from fastpref.ops import segment_sum
 from fastpref.policy import Batch, ResponseLogps
+from fastpref.ref_columns import REF_COLUMNS
 
-REF_COLUMNS = {
-    "pair": ("ref_chosen_logps", "ref_rejected_logps"),
-    "unpaired": ("ref_logps",),
-    "group": ("ref_logps",),
-}
-"""Columns that stand in for a reference, with sums."""
+logger = logging.getLogger("fastpref")
+
 SIDES, EXTRAS = ("chosen", "rejected"), ("third", "corrupted")
 """A pair's responses, and further ones some losses want."""
 FROM_FORWARD = frozenset({"lengths", "tokens", "log_sum_sq", "mismatched", "prompt"})
@@ -88,6 +86,26 @@ def make_losses(args: Any) -> Combined:
     return losses.combine(names, args.loss_weights, {**by_name, **own}, args.beta)
 
 
+def tell_coupled(combined: Combined, size: int) -> None:
+    """Log whether a loss couples the examples of a micro-batch, and warn where there is but one.
+
+    Args:
+        combined: Of :func:`make_losses`.
+        size: Examples of a micro-batch, over all ranks.
+    """
+    entries = [losses.get(name).entry for name in combined.names]
+    # of mismatched responses it is told where they are made
+    names = [e.name for e in entries if e.coupled and "mismatched" not in e.needs]
+    if names and size == 1:
+        logger.warning(
+            "per_device_train_batch_size=1: %s compares the examples of a batch with each other, "
+            "and there is one. Use 2 or more; gradient_accumulation_steps does not help.",
+            ", ".join(names),
+        )
+    elif combined.coupled:
+        logger.info("the loss couples the examples of a micro-batch, over all ranks")
+
+
 def check_needs(
     combined: Combined,
     columns: Collection[str],
@@ -131,7 +149,7 @@ def check_needs(
                 "drop ref_*_logps columns."
             )
         else:
-            end = "The run has none."
+            end = f"The run has {references or 'none'}."
         raise ValueError(f"{asking} needs {fields}: {losses.SOURCES[word]}. {end}")
 
 

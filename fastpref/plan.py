@@ -19,9 +19,19 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.config import PreferenceConfig, native_bf16
-from fastpref.estimate import PROCESS, REFERENCE, WEIGHTS, Estimate, Lengths, Machine, Run, estimate
-from fastpref.footprint import ACTIVATIONS, GRADIENTS, HEAD, MASK, OPTIMISER
-from fastpref.train import ModelArguments, ScriptArguments, parse_options
+from fastpref.estimate import (
+    IMPORTED,
+    PROCESS,
+    REFERENCE,
+    WEIGHTS,
+    Estimate,
+    Lengths,
+    Machine,
+    Run,
+    estimate,
+)
+from fastpref.footprint import ACTIVATIONS, GRADIENTS, HEAD, HOLES, MASK, OPTIMISER
+from fastpref.options import ModelArguments, ScriptArguments, parse_options
 
 USAGE = "fastpref plan --model MODEL [--dataset DATA] [--memory 24GiB] [options of fastpref train]"
 MIB = 1 << 20
@@ -40,7 +50,7 @@ CPU_RUNNING = 60 * MIB
 """What a process that trains takes beyond its imports and tensors: code of kernels, tokenizer,
 dataset. Measured on almost no model (benchmarks/plan.py)."""
 
-ORDER = (PROCESS, WEIGHTS, REFERENCE, GRADIENTS, OPTIMISER, ACTIVATIONS, MASK, HEAD)
+ORDER = (PROCESS, WEIGHTS, REFERENCE, GRADIENTS, OPTIMISER, ACTIVATIONS, MASK, HEAD, HOLES)
 """Of the parts in the table."""
 RESPONSES = {"pair": 2, "unpaired": 1, "group": 4}
 """To a prompt, by kind of data, where no dataset says how many."""
@@ -153,7 +163,7 @@ def process_bytes() -> int:
     """Resident bytes of this process, once it has imported what a run imports."""
     import psutil
 
-    for name in ("fastpref.trainer", "datasets", "peft"):
+    for name in IMPORTED:
         importlib.import_module(name)
     return int(psutil.Process().memory_info().rss)
 
@@ -243,6 +253,7 @@ def describe(run: Run, found: Estimate) -> str:
         ACTIVATIONS: "layers recomputed" if config.gradient_checkpointing else "all layers kept",
         MASK: f"{tokens:,} x {tokens:,} a row",
         HEAD: "tiles of logits, kept exponentials",
+        HOLES: "free between blocks" if run.machine.device == "cpu" else "a GPU's are not counted",
     }
     for part in ORDER:
         note = notes.get(part, "")

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.data.masks import PAD_DOCUMENT, mask_mod, to_attention_mask
+from fastpref.attention import FLEX
+from fastpref.data.masks import (
+    PAD_DOCUMENT,
+    block_mask,
+    dense_mask,
+    mask_mod,
+    to_attention_mask,
+)
 from fastpref.heads import Head, causal_lm, logit_transform, output_embedding, read_head
 from fastpref.ops import linear_logprobs
 from fastpref.reference import TokenStats
@@ -74,7 +81,7 @@ def attention_mask(model: nn.Module, batch: Batch) -> Any:
     inner = causal_lm(model)
     config = inner.config.get_text_config()
     implementation, positions = config._attn_implementation, batch["position_ids"]
-    make = _block_mask if implementation == "flex_attention" else _dense_mask
+    make = _block_mask if implementation == FLEX else _dense_mask
     limits = _limits(config, positions.shape[-1])
     masks = {near: make(batch, near, implementation, inner.dtype) for near in set(limits.values())}
     if len(masks) == 1:
@@ -83,21 +90,23 @@ def attention_mask(model: nn.Module, batch: Batch) -> Any:
 
 
 def _dense_mask(batch: Batch, near: Near | None, implementation: str, dtype: torch.dtype) -> Tensor:
-    allowed, positions = batch["attention_mask"], batch["position_ids"]
+    allowed, positions = batch.get("attention_mask"), batch["position_ids"]
+    if allowed is None:  # the policy beside which this model runs takes blocks
+        allowed = dense_mask(batch["document_ids"], batch["branch_ids"])
     if near is not None:
         allowed = allowed & near(positions[:, :, None], positions[:, None, :])[:, None]
     return to_attention_mask(allowed, implementation, dtype)
 
 
 def _block_mask(batch: Batch, near: Near | None, implementation: str, dtype: torch.dtype) -> Any:
-    from torch.nn.attention.flex_attention import and_masks, create_block_mask
+    from torch.nn.attention.flex_attention import and_masks
 
     positions = batch["position_ids"]
     rule = mask_mod(batch["document_ids"], batch["branch_ids"])
     if near is not None:
         rule = and_masks(rule, lambda b, h, q, k: near(positions[b, q], positions[b, k]))
-    rows, size = positions.shape
-    return create_block_mask(rule, rows, None, size, size, device=str(positions.device))
+    rows, tokens = positions.shape
+    return block_mask(rule, rows, tokens, positions.device)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -33,22 +33,24 @@ def tokenizers_of(given: Sequence[Any], own: Any, tokenizer: Any, args: Any) -> 
             f"ref_processing_class has {len(listed)} tokenizers for {len(given)} references: give "
             "one each, None where it is the policy's"
         )
-    found = [_kept_with(m, args) if t is None else t for m, t in zip(given, listed, strict=True)]
+    remote = args.trust_remote_code
+    found = [kept_with(m, remote) if t is None else t for m, t in zip(given, listed, strict=True)]
     found = [getattr(one, "tokenizer", one) for one in found]
-    return [None if one is None or _same_ids(tokenizer, one) else one for one in found]
+    return [None if one is None or same_ids(tokenizer, one) else one for one in found]
 
 
-def _kept_with(model: Any, args: Any) -> Any:
+def kept_with(model: Any, trust_remote_code: bool = False) -> Any:
+    """The tokenizer kept with a model that is given by name; None if there is none."""
     if not isinstance(model, str):
         return None
     try:
-        return load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        return load_tokenizer(model, trust_remote_code=trust_remote_code)
     except ValueError:
         logger.warning("%s has no tokenizer: it is taken to read the policy's token ids", model)
         return None
 
 
-def _same_ids(tokenizer: Any, other: Any) -> bool:
+def same_ids(tokenizer: Any, other: Any) -> bool:
     """Whether ``other`` has every token of ``tokenizer`` under the same id; padding aside."""
     known = other.get_vocab()
     vocabulary = tokenizer.get_vocab().items()

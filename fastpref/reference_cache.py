@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from fastpref.assets import cache_dir
 from fastpref.disk import sync
@@ -82,7 +83,8 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """
     known: dict[Any, str] = {}
     lines = []
-    for name in sorted(weights):
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0"
+    for name in tqdm(sorted(weights), "Digest of the reference", delay=2, disable=quiet):
         with gathered(weights[name]) as weight:
             value = weight.detach()
             if value.is_meta:
@@ -282,7 +284,9 @@ class ReferenceCache:
             self._report(error)
         for shard in shards:
             for i, prompt in enumerate(shard.prompts):
-                self._index.setdefault(prompt.tobytes(), []).append((shard, i))
+                first = shard.tokens[shard.bounds[i] : shard.bounds[i + 1]][:1]
+                place = _place(prompt.tobytes(), first)
+                self._index.setdefault(place, []).append((shard, i))
 
     def get(
         self, prompt: Sequence[int], response: Sequence[int], mask: Sequence[int] | None = None
@@ -298,11 +302,14 @@ class ReferenceCache:
             fp32, one for each token (of an empty prompt, none for the first), or None.
         """
         key, tokens = _key(prompt, response, mask)
-        for shard, i in self._index.get(key, ()):
+        if not len(tokens):
+            return np.empty(0, np.float32)
+        place = _place(key, tokens)
+        for shard, i in self._index.get(place, ()):
             try:
                 stored, logps = shard.sequence(i)
             except DamagedShardError as error:
-                self._index[key] = [entry for entry in self._index[key] if entry != (shard, i)]
+                self._index[place] = [entry for entry in self._index[place] if entry != (shard, i)]
                 self._report(error)
                 continue
             if np.array_equal(stored[: len(tokens)], tokens):
@@ -367,6 +374,11 @@ def open_shards(folder: Path) -> tuple[list[Shard], list[DamagedShardError]]:
         except DamagedShardError as error:
             errors.append(error)
     return shards, errors
+
+
+def _place(key: bytes, tokens: Array) -> bytes:
+    """Where a sequence is looked for: many have the same prompt, so by its first token too."""
+    return key + tokens[:1].tobytes()
 
 
 def _key(

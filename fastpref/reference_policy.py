@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpref.heads import Head, causal_lm, evaluating
 from fastpref.models import load_model
-from fastpref.objective import FROM_REFERENCE, REF_COLUMNS
+from fastpref.objective import FROM_REFERENCE
 from fastpref.policy import Batch, ResponseLogps, response_logps
+from fastpref.ref_columns import stand_in
 from fastpref.ref_tokenizers import check_texts_do, tokenizers_of
 from fastpref.reference_cache import identity
 from fastpref.zero import divided, frozen_engine
@@ -223,25 +223,6 @@ class Frozen(Reference):
         """See :meth:`Reference.identities`."""
         return [identity(model, precision) for model in self.models]
 
-    @torch.no_grad()
-    def move_towards(self, policy: nn.Module, share: float) -> None:
-        """Replace each weight ``w`` by ``share * policy's w + (1 - share) * w`` (TR-DPO)."""
-        sources = dict(policy.named_parameters())
-        for name, weight in self.models[0].named_parameters():
-            weight.lerp_(sources[name].to(weight.dtype), share)
-
-    def save(self, folder: Path) -> None:
-        """Write the weights of a reference that moves."""
-        from safetensors.torch import save_model
-
-        save_model(self.models[0], str(folder / "reference.safetensors"))
-
-    def load(self, folder: Path) -> None:
-        """Read back what :meth:`save` wrote."""
-        from safetensors.torch import load_model
-
-        load_model(self.models[0], str(folder / "reference.safetensors"))
-
 
 def frozen_copy(model: nn.Module, **options: Any) -> Frozen:
     """A deep copy of the model as it is now: never a reload by name, which may be another model."""
@@ -304,6 +285,7 @@ def choose_reference(
     fresh: bool,
     tokenizer: Any = None,
     own_tokenizers: Any = None,
+    stored: int = 1,
 ) -> Reference:
     """The reference that a trainer's arguments and data ask for.
 
@@ -316,6 +298,7 @@ def choose_reference(
         fresh: The policy's adapter was added just now, so switching it off gives the start.
         tokenizer: Of the policy; None: every reference is taken to have the same.
         own_tokenizers: ``ref_processing_class``: of ``given``, as :func:`tokenizers_of` takes them.
+        stored: Number of references whose log-probabilities the dataset's columns hold.
 
     Raises:
         ValueError: The reference is the policy itself, cannot move as ``sync_ref_model`` asks, or
@@ -349,18 +332,9 @@ def choose_reference(
                 "a copy of the model as it is now"
             )
         reference: Reference = Frozen(models, tokenizers=tokenizers, **options)
-    elif (
-        len(found := [c for c in REF_COLUMNS[combined.kind] if c in columns])
-        == 1
-        < len(REF_COLUMNS[combined.kind])
-    ):
-        raise ValueError(
-            f"the dataset has a column {found[0]!r} alone; the reference's log-probabilities need "
-            f"{' and '.join(REF_COLUMNS[combined.kind])}. Add the other one or drop it"
-        )
-    elif set(REF_COLUMNS[combined.kind]) <= set(columns):
+    elif stand_in(columns, combined.kind):
         logger.info("the reference's log-probs come from the dataset's columns")
-        reference = Stored()
+        reference = Stored(stored)
     elif divided(model) and (args.precompute_ref_log_probs or not adapter_off):
         raise ValueError(
             "DeepSpeed ZeRO-3 has divided the model as it was loaded, so that the reference can be "

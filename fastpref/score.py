@@ -124,7 +124,7 @@ def score(
         model = load_model(name, config, frozen=True).to(accelerator.device)
         size = causal_lm(model).get_input_embeddings().num_embeddings
         if name == policy:
-            rows = prepare_dataset(rows, tokenizer, config, kind, "data", vocab_size=size)
+            rows, _ = prepare_dataset(rows, tokenizer, config, kind, "data", vocab_size=size)
             names = response_names(rows.column_names, kind)
         elif size <= (largest := _largest_id(rows, names)):
             raise ValueError(
@@ -164,8 +164,9 @@ def _scored(
         batch_size=config.per_device_train_batch_size,
         accelerator=accelerator,
         kind=kind,
-        description=name,
-        caption="Log-probs",
+        description="given",
+        caption=f"Log-probs by {name}",
+        scorer=name,
         caches=caches,
     )
 

@@ -6,11 +6,13 @@ What a cache on disk holds is not computed again, and what is computed goes ther
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastpref.batches import TOKEN_COLUMN
@@ -64,6 +66,7 @@ def score_dataset(
     kind: str,
     description: str,
     caption: str = "Reference log-probs",
+    scorer: str = "the reference",
     caches: Sequence[ReferenceCache] = (),
 ) -> Any:
     """The dataset with the reference's log-probabilities as columns, ``TOKEN_COLUMN`` by name.
@@ -78,6 +81,7 @@ def score_dataset(
         kind: ``"pair"``, ``"unpaired"`` or ``"group"``.
         description: What the dataset is to people: ``"train"``.
         caption: Of the progress bar.
+        scorer: What the reference is to people.
         caches: One for each of the reference's models, or none: what they hold is not computed,
             what is computed goes into them as it comes.
 
@@ -98,7 +102,9 @@ def score_dataset(
         )
     names = response_names(dataset.column_names, kind)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    found = {i: _stored(row, names, caches) for i, row in enumerate(dataset)} if caches else {}
+    quiet = not accelerator.is_local_main_process
+    looked = tqdm(dataset, f"Known scores, {description}", delay=2, disable=quiet) if caches else ()
+    found = {i: _stored(row, names, caches) for i, row in enumerate(looked)}
     missing = [i for i in range(len(dataset)) if found.get(i) is None]
     if ranks > 1:
         from accelerate.utils import gather_object
@@ -111,25 +117,24 @@ def score_dataset(
         logger.info("%s: %d of %d rows to score", description, len(missing), len(dataset))
     mine = missing[rank::ranks]
     scored: list[tuple[int, list[Array]]] = []
-    for start in tqdm(
-        range(0, len(mine), batch_size),
-        desc=f"{caption}, {description}",
-        disable=not accelerator.is_local_main_process,
-    ):
-        indices = mine[start : start + batch_size]
-        rows = [dataset[i] for i in indices]
-        logps = _scores(reference, policy, collator(rows), accelerator)
-        for index, row, spans in zip(indices, rows, _by_row(logps, len(rows)), strict=True):
-            scored.append((index, [span.flatten() for span in spans[: len(names)]]))
-            if not all(np.isfinite(span).all() for span in spans):
-                raise FloatingPointError(
-                    f"the reference gives a log-probability that is not finite to row "
-                    f"{row.get('example_ids', index)} of the {description} data (rank {rank}): its "
-                    "weights are broken, or its precision is too low"
-                )
-            for k, cache in enumerate(caches):
-                for name, span in zip(names, spans, strict=False):
-                    cache.put(*_sequence(row, name), span[k])
+    starts = range(0, len(mine), batch_size)
+    with on_device(reference, policy, accelerator.device):
+        for start in tqdm(starts, f"{caption}, {description}", disable=quiet):
+            indices = mine[start : start + batch_size]
+            rows = [dataset[i] for i in indices]
+            logps = _scores(reference, policy, collator(rows), accelerator)
+            for index, row, spans in zip(indices, rows, _by_row(logps, len(rows)), strict=True):
+                scored.append((index, [span.flatten() for span in spans[: len(names)]]))
+                if not all(np.isfinite(span).all() for span in spans):
+                    place = row.get("example_ids", index)
+                    raise FloatingPointError(
+                        f"{scorer} gives a log-probability that is not finite to row {place} of "
+                        f"the {description} data (rank {rank}): its weights are broken, or its "
+                        "precision is too low"
+                    )
+                for k, cache in enumerate(caches):
+                    for name, span in zip(names, spans, strict=False):
+                        cache.put(*_sequence(row, name), span[k])
     for cache in caches:
         cache.flush()
     if ranks > 1:
@@ -141,6 +146,23 @@ def score_dataset(
             column.append(span)
     features = Features({name: List(Value("float32")) for name in columns})
     return concatenate_datasets([dataset, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+@contextmanager
+def on_device(reference: Reference, policy: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, the policy is on the device if it is the reference too; after, where it was.
+
+    What shards a policy for training takes it from the CPU, and so it is still there before.
+    """
+    home = next(policy.parameters()).device
+    moves = not reference.models and home.type != device.type
+    if moves:
+        policy.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            policy.to(home)
 
 
 def _sequence(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:

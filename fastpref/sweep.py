@@ -150,7 +150,8 @@ def _ingredients(given: argparse.Namespace) -> tuple[Callable[[], Any], Any, lis
         return lambda: tiny_model()[0], tiny_model()[1], rows
     name = given.model or str(assets.demo_model())
     options = {} if given.layers is None else {"num_hidden_layers": given.layers}
-    config = PreferenceConfig(output_dir="unused", use_cpu=given.cpu)
+    # packing=False: the answers are sampled, for which FlexAttention is slow.
+    config = PreferenceConfig(output_dir="unused", use_cpu=given.cpu, packing=False)
     return lambda: load_model(name, config, **options), load_tokenizer(name), rows
 
 

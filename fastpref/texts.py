@@ -18,7 +18,7 @@ from fastpref.batches import TOKEN_COLUMN, TrainerCollator, make_collator
 from fastpref.data import tokenize_dataset
 from fastpref.data.formats import response_names
 from fastpref.models import vocab_size
-from fastpref.objective import REF_COLUMNS
+from fastpref.ref_columns import REF_COLUMNS
 from fastpref.reference_cache import ReferenceCache
 from fastpref.reference_policy import Frozen
 from fastpref.scoring import score_dataset

@@ -35,6 +35,7 @@ from fastpref.batches import (
 from fastpref.config import PreferenceConfig
 from fastpref.contrast import NEEDS, against
 from fastpref.data.formats import RESPONSES
+from fastpref.data.sampling import refuse_stream
 from fastpref.heads import Head
 from fastpref.loop import Loop
 from fastpref.metrics import Meter, MetricsFile, accuracy_by_length, example_rows
@@ -47,15 +48,16 @@ from fastpref.models import (
     vocab_size,
 )
 from fastpref.objective import (
-    REF_COLUMNS,
     check_needs,
     make_examples,
     make_losses,
+    tell_coupled,
     weigh,
     window_of,
 )
 from fastpref.policy import Batch, response_logps
 from fastpref.ranks import Ranks
+from fastpref.ref_columns import REF_COLUMNS, references_in
 from fastpref.reference_cache import ReferenceCache
 from fastpref.reference_policy import AdapterOff, Stored, choose_reference
 from fastpref.resumable import ResumableTrainer
@@ -126,6 +128,7 @@ class PreferenceTrainer(ResumableTrainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is required (or an eval_dataset, to evaluate only)")
         refuse_splits(train_dataset, "train_dataset")
+        refuse_stream(train_dataset, args.train_sampling_strategy)
         self.combined = make_losses(args)
         self._extend = partial(
             extend_dataset, needs=self.combined.needs, args=args, corrupt=corrupt_context
@@ -140,13 +143,14 @@ class PreferenceTrainer(ResumableTrainer):
         self.reference = choose_reference(
             *(model, ref_model, args, self.combined, columns_of(train_dataset, eval_dataset)),
             *(peft_config is not None, self._tokenizer, ref_processing_class),
+            references_in(self.combined.kind, train_dataset, eval_dataset),
         )
         for each_model in (model, *self.reference.models):
             adjust(each_model, args)
         args.remove_unused_columns = False  # of ours, the collator knows which it wants
         args.accelerator_config.dispatch_batches = False  # batches differ in shape
         self._vocab_size = vocab_size(model)
-        self.args = args
+        self.args, self.data_reports = args, dict[str, Any]()  # what became of each dataset's rows
         train_dataset = each(self._prepared, train_dataset, "train")
         eval_dataset = each(self._prepared, eval_dataset, "eval")
         if data_collator is None:
@@ -179,8 +183,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.caches: list[ReferenceCache] = []
         self.loop = self.loop_class(self)
         self.add_callback(self.loop)
-        if self.combined.coupled:
-            logger.info("the loss couples the examples of a micro-batch, over all ranks")
+        tell_coupled(self.combined, args.per_device_train_batch_size * args.world_size)
         self._settle_reference()
 
     @property
@@ -197,7 +200,7 @@ class PreferenceTrainer(ResumableTrainer):
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset as token ids, with all that the losses need."""
         reference, kind = self.reference, self.combined.kind
-        rows = prepare_dataset(
+        rows, self.data_reports[name] = prepare_dataset(
             *(dataset, self._tokenizer, self.args, kind, name),
             *(self._extend, self._vocab_size, reference.reads_texts),
         )
@@ -333,12 +336,7 @@ class PreferenceTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss and metrics over ``eval_dataset``, in any layout; None: the trainer's own."""
-        if isinstance(eval_dataset, Mapping):
-            found: dict[str, float] = {}
-            for name, dataset in eval_dataset.items():
-                found |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return found
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._ready(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[no-any-return]
 
@@ -391,9 +389,7 @@ class PreferenceTrainer(ResumableTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the metrics since the last time beside a training loss."""
-        if "loss" in logs:
-            logs.update({**self.meter.read(self.ranks.sum), **logs})
+        """As transformers, and a line of ``metrics.jsonl``."""
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self.metrics_file.append({**logs, "step": self.state.global_step})

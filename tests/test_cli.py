@@ -153,7 +153,7 @@ MINIMAL = ("--model", "m", "--dataset", "d.jsonl", "--use_cpu")
 
 
 def parse(*argv: str):
-    from fastpref.train import parse
+    from fastpref.options import parse
 
     return parse(argv)
 
@@ -215,7 +215,7 @@ def test_a_resolved_config_holds_no_secret(tmp_path):
     ("argv", "said"),
     [
         ((*MINIMAL, "--betta", "1"), r"'betta'.*'beta'"),
-        ((*MINIMAL, "--learning-rte=1"), r"'learning-rte'.*'learning_rate'"),
+        ((*MINIMAL, "--learning-rte=1"), r"'learning_rte'.*'learning_rate'"),
         ((*MINIMAL, "--beta", "much"), r"--beta.*'much'"),
         ((*MINIMAL, "--truncation_mode", "middle"), r"truncation.mode.*'middle'"),
         ((*MINIMAL, "true", "stray"), "'stray'"),

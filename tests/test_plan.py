@@ -125,12 +125,12 @@ def test_each_part_of_a_full_run_by_hand(model: str) -> None:
 def test_the_count_is_what_a_real_step_holds() -> None:
     """The profiler's account of the same forward and backward, with real numbers."""
     model = makers.make_model(hidden_size=64, intermediate_size=160, num_hidden_layers=3)
-    layout = Layout(2, 256, 40)
+    layout = rows, tokens, _ = Layout(2, 256, 40)
     options: dict[str, Any] = {
         "head_options": {},
         "precision": None,
         "make_optimizer": lambda m: torch.optim.SGD(m.parameters()),
-        "accumulates": False,
+        "micro_batches": 1,
         "on_cpu": False,
     }
     for checkpointing in (False, True):
@@ -143,7 +143,8 @@ def test_the_count_is_what_a_real_step_holds() -> None:
         with faked(twin):
             counted = count_step(twin, layout, **options)
         measured = profiled(model, layout)
-        assert counted.total() == pytest.approx(measured, rel=0.03), checkpointing
+        masks = 2 * rows * tokens**2  # this micro-batch's and the next's, made before measuring
+        assert counted.total() - masks == pytest.approx(measured, rel=0.03), checkpointing
 
 
 def profiled(model: Any, layout: Layout) -> int:

@@ -6,23 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import world
 from claims import Numbers, average, exceeds, experiment, smallest_step
-from world import (
-    LETTERS,
-    PAD,
-    Gold,
-    Pairs,
-    Policy,
-    World,
-    accuracy,
-    entropies,
-    lengths,
-    logps,
-    reference_cache,
-    sample,
-    sums,
-    tune,
-)
+from world import Gold, Pairs, Policy, World, accuracy, frozen_sums, reference_cache, sample, tune
 
 from fastpref.losses import PairLogps
 
@@ -88,8 +74,7 @@ def noisy_labels(seed: int) -> Numbers:
         "robust": {"label_smoothing": 0.2},
     }.items():
         policy = tune(w.start, train, name, cache=cache, steps=300, **more)
-        with torch.no_grad():
-            margin = 0.1 * PairLogps(**sums(policy, train), **cache).margin
+        margin = 0.1 * PairLogps(**frozen_sums(policy, train), **cache).margin
         found[f"{name} margin"] = margin.abs().mean().item()
         found[f"{name} accuracy"] = accuracy(policy, test, test_cache)
     return found
@@ -147,11 +132,11 @@ def minor_dpo(seed: int) -> Numbers:
     """Ten times the learning rate: how far the rejected responses fall, nats."""
     w = World(seed)
     train = w.pairs(512, w.gold)
-    before = sums(w.start, train)["rejected"].mean().item()
+    before = frozen_sums(w.start, train)["rejected"].mean().item()
     found = {}
     for name in ("dpo", "minor_dpo"):
         policy = tune(w.start, train, name, rate=1e-2)
-        found[name] = sums(policy, train)["rejected"].mean().item() - before
+        found[name] = frozen_sums(policy, train)["rejected"].mean().item() - before
     return found
 
 
@@ -162,16 +147,16 @@ def minor_dpo(seed: int) -> Numbers:
 def mdpo(seed: int) -> Numbers:
     """A fake image, the first token of the prompt, decides which letters are liked."""
     w = World(seed)
-    tastes = 0.5 * torch.randn(4, LETTERS, generator=w.draw)
+    tastes = 0.5 * torch.randn(4, world.LETTERS, generator=w.draw)
 
     def shown(n: int) -> Pairs:
         prompts = w.prompts(n)
         prompts[:, 0] %= 4  # an image; the other letters are noise in its place
         two = sample(w.start, prompts, 2, w.draw)
         values = torch.cat([tastes, torch.zeros(4, 1)], 1)[prompts[:, :1, None], two.clamp(min=0)]
-        reward = (values * (two != PAD)).sum(-1)
+        reward = (values * (two != world.PAD)).sum(-1)
         pairs = w.label(prompts, two, reward[:, 0] - reward[:, 1], noise=False)
-        noise = torch.randint(4, LETTERS, (n, 1), generator=w.draw)
+        noise = torch.randint(4, world.LETTERS, (n, 1), generator=w.draw)
         return replace(pairs, corrupted=torch.cat([noise, prompts[:, 1:]], 1))
 
     train, test = shown(512), shown(512)
@@ -180,8 +165,7 @@ def mdpo(seed: int) -> Numbers:
     for name in ("dpo", "mdpo"):
         used = train if name == "mdpo" else replace(train, corrupted=None)
         policy = tune(w.start, used, name, steps=240)
-        with torch.no_grad():
-            now = sums(policy, test)
+        now = frozen_sums(policy, test)
         h2 = (now["chosen"] - now["corrupted"]) - (cache["ref_chosen"] - cache["ref_corrupted"])
         found[name] = (h2 > 0).double().mean().item()
     return found
@@ -200,9 +184,8 @@ def selm(seed: int) -> Numbers:
     found = {}
     for name, alpha in {"alpha 0": 0.0, "alpha": 0.05}.items():
         policy = tune(w.start, train, "selm", beta=0.1, alpha=alpha)
-        with torch.no_grad():
-            found[f"log pi, {name}"] = logps(policy, train.prompts, greedy).mean().item()
-        found[f"entropy, {name}"] = average(entropies(w, policy, w.prompts(64)))
+        found[f"log pi, {name}"] = frozen_sums(policy, train)["third"].mean().item()
+        found[f"entropy, {name}"] = average(world.entropies(w, policy, w.prompts(64)))
         found[f"reward, {name}"] = w.reward(policy)
     return found
 
@@ -232,5 +215,5 @@ def hpo(seed: int) -> Numbers:
 
 def _nll(policy: Policy, pairs: Pairs) -> float:
     """Of a token of the chosen responses, nats."""
-    with torch.no_grad():
-        return -(sums(policy, pairs)["chosen"].sum() / lengths(pairs.chosen).sum()).item()
+    total = frozen_sums(policy, pairs)["chosen"].sum()
+    return -(total / world.lengths(pairs.chosen).sum()).item()

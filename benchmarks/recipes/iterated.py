@@ -19,10 +19,10 @@ from world import (
     World,
     accuracy,
     entropies,
-    logps,
+    frozen_sums,
+    likelihoods,
     reference_cache,
     sample,
-    sums,
     tune,
 )
 
@@ -66,8 +66,7 @@ def sdpo(seed: int) -> Numbers:
     first, second, probe = (w.pairs(384, w.gold, noise) for noise in (True, True, False))
     middle = tune(w.start, first, "dpo")
     last = tune(middle, second, "dpo")
-    both = Pairs(*(torch.cat(rows) for rows in zip(_columns(first), _columns(second), strict=True)))
-    plain = tune(w.start, both, "dpo", steps=240)
+    plain = tune(w.start, first.and_also(second), "dpo", steps=240)
     cache = reference_cache(w.start, probe)
     return {
         "gamma step 1": _gamma(w.start, probe),
@@ -89,9 +88,7 @@ def dice(seed: int) -> Numbers:
     base = tune(w.start, offline, "dpo")
     prompts = w.prompts(256)
     samples = sample(base, prompts, 16, w.draw)
-    flat, again = samples.flatten(0, 1), prompts.repeat_interleave(16, 0)
-    with torch.no_grad():
-        rewards = (logps(base, again, flat) - logps(w.start, again, flat)).view(256, 16)
+    rewards = likelihoods(base, prompts, samples) - likelihoods(w.start, prompts, samples)
     letters = ((samples != PAD) & (samples != END)).sum(-1)
     found = length_debias(rewards.tolist(), letters.tolist())
     pairs = _best_worst(prompts, samples, rewards - found.alpha * letters)
@@ -127,8 +124,7 @@ def spo(seed: int) -> Numbers:
     found = {"reward 1, after round 1": w.reward(first)}
     for alpha in (0.0, 0.5, 1.0):
         policy = tune(first, train, "spo", alpha=alpha)
-        found[f"reward 1, {alpha}"] = w.reward(policy)
-        found[f"reward 2, {alpha}"] = w.reward(policy, w.other)
+        found |= w.rewards(policy, str(alpha))
     return found
 
 
@@ -162,8 +158,7 @@ def active(seed: int) -> Numbers:
         policy, known = w.start, None
         for size in BUDGETS:
             new = _acquire(w, policy, rule, size - (0 if known is None else len(known)), seed)
-            columns = [_columns(new)] if known is None else [_columns(known), _columns(new)]
-            known = Pairs(*(torch.cat(rows) for rows in zip(*columns, strict=True)))
+            known = new if known is None else known.and_also(new)
             policy = tune(w.start, known, "dpo", steps=60, beta=0.2)
             found[f"accuracy {rule} {size}"] = accuracy(policy, test, cache)
             found[f"reward {rule} {size}"] = w.reward(policy)
@@ -187,8 +182,7 @@ def modpo(seed: int) -> Numbers:
     margin = tune(w.start, w.pairs(512, w.other), "dpo")
     train = w.pairs(512, w.gold)
     cache = reference_cache(w.start, train)
-    with torch.no_grad():
-        now = sums(margin, train)
+    now = frozen_sums(margin, train)
     fields = {
         f"{side}_margins": 0.1 * (now[side] - cache[f"ref_{side}"])[None]
         for side in ("chosen", "rejected")
@@ -197,18 +191,13 @@ def modpo(seed: int) -> Numbers:
     found: Numbers = {}
     for weight in WEIGHTS:
         policy = tune(w.start, train, "modpo", cache=cache, w=[weight, 1 - weight])
-        found[f"reward 1, {weight}"] = w.reward(policy)
-        found[f"reward 2, {weight}"] = w.reward(policy, w.other)
+        found |= w.rewards(policy, str(weight))
     return found
-
-
-def _columns(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    return pairs.prompts, pairs.chosen, pairs.rejected
 
 
 def _rows(pairs: Pairs) -> list[dict[str, Any]]:
     names = ("prompt", "chosen", "rejected")
-    columns = (column.tolist() for column in _columns(pairs))
+    columns = (column.tolist() for column in pairs.columns())
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -227,8 +216,7 @@ def _best_worst(prompts: Tensor, samples: Tensor, scores: Tensor) -> Pairs:
 
 
 def _gamma(policy: Policy, pairs: Pairs) -> float:
-    with torch.no_grad():
-        found = sums(policy, pairs)
+    found = frozen_sums(policy, pairs)
     return (found["chosen"] - found["rejected"]).mean().item()
 
 
@@ -242,8 +230,7 @@ def _acquire(w: World, policy: Policy, rule: str, count: int, seed: int) -> Pair
     undecided = [1.0] * len(two)
     if rule in ("certainty", "hybrid"):
         pairs = Pairs(prompts, two[:, 0], two[:, 1])
-        with torch.no_grad():
-            batch = PairLogps(**sums(policy, pairs), **reference_cache(w.start, pairs))
+        batch = PairLogps(**frozen_sums(policy, pairs), **reference_cache(w.start, pairs))
         rewards = torch.stack(batch.rewards(0.2), 1).tolist()
         undecided = [uncertainty(a, b) for a, b in rewards]
     kept = keep(undecided, count, "smallest", seed)

@@ -1,7 +1,7 @@
 """Finished runs of ``real.py`` as rows of ``results/recipes_real.json`` and as the docs' tables.
 
     python benchmarks/recipes/real_table.py                # runs/real/*-SEED, newest row counts
-    python benchmarks/recipes/real_table.py --docs-only    # the tables anew from committed rows
+    python benchmarks/tables.py                            # the tables anew from committed rows
 
 A row takes the place of an earlier one of its recipe and seed. The tables stand in
 ``docs/recipes/real-runs.md`` between ``<!-- real:NAME -->`` and ``<!-- /real -->``.
@@ -24,17 +24,16 @@ from fastpref.rounds.winrate import Estimate, estimate, length_controlled
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks" / "results" / "recipes_real.json"
-DOCS = ROOT / "docs" / "recipes" / "real-runs.md"
+PAGE = ROOT / "docs" / "recipes" / "real-runs.md"
 MARKED = re.compile(r"(<!-- real:(\w+) -->\n).*?(<!-- /real -->)", re.DOTALL)
 RESAMPLES = 2000
 
 Row = dict[str, Any]
 
 
-def show(value: Sequence[float], form: str = "+.3f") -> str:
-    """An estimate with its interval."""
-    middle, low, high = (format(part, form) for part in value)
-    return f"{middle} [{low}, {high}]"
+def show(value: Any, form: str = "+.3f") -> str:
+    """An estimate with its interval; of an older row's gap, the number alone."""
+    return format(Estimate(*value) if isinstance(value, (list, tuple)) else value, form)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -66,8 +65,8 @@ def by_round(rows: Sequence[Row]) -> str:
                     str(row["seed"]),
                     str(found["round"]),
                     f"{pairs['made']} of {pairs['prompts']}",
-                    f"{pairs['gap_tokens']:+.1f}",
-                    f"{pairs['gap_characters']:+.1f}",
+                    show(pairs["gap_tokens"], "+.1f"),
+                    show(pairs["gap_characters"], "+.1f"),
                     f"{held_out['reward_before'][0]:+.3f}",
                     show(held_out["reward"]),
                     show(held_out["win_rate"], ".2f"),
@@ -125,6 +124,12 @@ def summary(rows: Sequence[Row]) -> str:
 TABLES = {"summary": summary, "rounds": by_round}
 
 
+def rewritten(text: str) -> str:
+    """The page with the tables of the committed rows."""
+    rows = json.loads(ROWS.read_text())
+    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]](rows)}\n\n{m[3]}", text)
+
+
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """The rows, a recipe and seed once: the newer."""
     found = {(row["recipe"], row["seed"]): row for row in [*old, *new]}
@@ -135,19 +140,15 @@ def main(argv: Sequence[str]) -> int:
     """Writes rows and tables; 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="default: all in runs/real")
-    parser.add_argument("--docs-only", action="store_true", help="no new rows")
     given = parser.parse_args(argv)
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
-    if not given.docs_only:
-        folders = given.runs or sorted((ROOT / "runs" / "real").glob("*-*"))
-        new = [json.loads(path.read_text()) for f in folders if (path := f / "row.json").exists()]
-        if any(row["dry"] for row in new):
-            raise ValueError("a dry run is no result: its prompts are not the held-out ones")
-        rows = merged(rows, new)
-        write_text(ROWS, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    text = DOCS.read_text(encoding="utf-8")
-    fill = MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]](rows)}\n\n{m[3]}", text)
-    write_text(DOCS, fill)
+    folders = given.runs or sorted((ROOT / "runs" / "real").glob("*-*"))
+    new = [json.loads(path.read_text()) for f in folders if (path := f / "row.json").exists()]
+    if any(row["dry"] for row in new):
+        raise ValueError("a dry run is no result: its prompts are not the held-out ones")
+    rows = merged(rows, new)
+    write_text(ROWS, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_text(PAGE, rewritten(PAGE.read_text(encoding="utf-8")))
     print(summary(rows))
     return 0
 

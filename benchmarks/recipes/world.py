@@ -20,7 +20,7 @@ from fastpref.rounds.acquire import entropy
 
 LETTERS = 12
 END, BEGIN = LETTERS, LETTERS + 1
-LONGEST, WIDTH, PROMPT = 12, 32, 3
+LONGEST, WIDTH, HEADS, PROMPT = 12, 32, 4, 3
 PAD = -100
 END_LOGIT = 0.7  # responses of about six tokens at the start
 
@@ -34,27 +34,50 @@ class Policy(nn.Module):
         torch.manual_seed(seed)
         self.tokens = nn.Embedding(LETTERS + 2, WIDTH)
         self.places = nn.Parameter(0.5 * torch.randn(PROMPT + LONGEST, WIDTH))
-        self.layer = nn.TransformerEncoderLayer(
-            WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.norm = nn.LayerNorm(WIDTH)
+        self.mixed = nn.Linear(WIDTH, WIDTH)
+        nn.init.zeros_(self.mixed.bias)
+        self.read = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * WIDTH, WIDTH)))
+        self.read_bias = nn.Parameter(torch.zeros(3 * WIDTH))
+        self.wide, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
         self.head = nn.Parameter(0.15 * torch.randn(LETTERS + 1, WIDTH))
         self.bias = nn.Parameter(torch.tensor([0.0] * LETTERS + [END_LOGIT]))
-        causal = torch.ones(PROMPT + LONGEST, PROMPT + LONGEST, dtype=torch.bool).triu(1)
-        self.register_buffer("causal", causal)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Hidden states ``(B, T, 32)`` of token ids ``(B, T)``."""
-        t = ids.shape[1]
-        x = self.tokens(ids) + self.places[:t]
-        return self.norm(self.layer(x, src_mask=self.causal[:t, :t]))
+    def forward(self, ids: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of tokens, and what those after them read.
+
+        Args:
+            ids: Token ids, ``(B, T)``; a single one where there is a past.
+            past: The second result for the tokens before.
+
+        Returns:
+            ``(B, T, 32)``, and keys and values of all tokens so far, ``(2, B, heads, tokens, 8)``.
+        """
+        first = 0 if past is None else past.shape[-2]
+        x = self.tokens(ids) + self.places[first : first + ids.shape[1]]
+        parts = nn.functional.linear(self.norms[0](x), self.read, self.read_bias)
+        parts = parts.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = parts[1:] if past is None else torch.cat([past, parts[1:]], -2)
+        causal = past is None
+        found = nn.functional.scaled_dot_product_attention(parts[0], *seen, is_causal=causal)
+        x = x + self.mixed(found.transpose(1, 2).flatten(2))
+        x = x + self.narrow(self.wide(self.norms[1](x)).relu())
+        return self.norms[2](x), seen
 
 
 def logps(policy: Policy, prompts: Tensor, responses: Tensor) -> Tensor:
     """Sums of the log-probabilities of responses ``(B, 12)``, padded with -100. ``(B,)``, nats."""
     ids = torch.cat([prompts, responses.clamp(min=0)], 1)
-    hidden = policy(ids[:, :-1])[:, PROMPT - 1 :]
+    hidden = policy(ids[:, :-1])[0][:, PROMPT - 1 :]
     return linear_logprobs(hidden, policy.head, responses, bias=policy.bias).sum(1)
+
+
+@torch.no_grad()
+def likelihoods(policy: Policy, prompts: Tensor, samples: Tensor) -> Tensor:
+    """:func:`logps` of what :func:`sample` gave. ``(len(prompts), n)``, nats."""
+    n = samples.shape[1]
+    found = logps(policy, prompts.repeat_interleave(n, 0), samples.flatten(0, 1))
+    return found.view(-1, n)
 
 
 @torch.no_grad()
@@ -62,16 +85,17 @@ def sample(
     policy: Policy, prompts: Tensor, n: int, draw: torch.Generator, greedy: bool = False
 ) -> Tensor:
     """``n`` responses to each prompt at temperature 1. ``(len(prompts), n, 12)``."""
-    ids = prompts.repeat_interleave(n, 0)
+    ids, past = prompts.repeat_interleave(n, 0), None
     ended = torch.zeros(len(ids), dtype=torch.bool)
     made = []
     for _ in range(LONGEST):
-        logits = policy(ids)[:, -1] @ policy.head.T + policy.bias
+        hidden, past = policy(ids, past)
+        logits = hidden[:, -1] @ policy.head.T + policy.bias
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=draw)[:, 0]
         token = logits.argmax(-1) if greedy else drawn
         made.append(token.masked_fill(ended, PAD))
         ended = ended | (token == END)
-        ids = torch.cat([ids, token[:, None]], 1)
+        ids = token[:, None]
     return torch.stack(made, 1).view(len(prompts), n, LONGEST)
 
 
@@ -124,6 +148,15 @@ class Pairs:
             found["corrupted"] = (self.corrupted, self.chosen)
         return found
 
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, chosen and rejected responses."""
+        return self.prompts, self.chosen, self.rejected
+
+    def and_also(self, others: Pairs) -> Pairs:
+        """These pairs and, after them, others; of both what :meth:`columns` says."""
+        both = zip(self.columns(), others.columns(), strict=True)
+        return Pairs(*(torch.cat(rows) for rows in both))
+
     def pick(self, index: Tensor) -> Pairs:
         """Some of the pairs."""
         rows = [
@@ -141,9 +174,14 @@ def sums(policy: Policy, pairs: Pairs) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def frozen_sums(policy: Policy, pairs: Pairs) -> dict[str, Tensor]:
+    """:func:`sums` of a policy that is measured, not trained."""
+    return sums(policy, pairs)
+
+
 def reference_cache(policy: Policy, pairs: Pairs) -> dict[str, Tensor]:
     """The sums of a frozen reference, once for all pairs."""
-    return {f"ref_{name}": values for name, values in sums(policy, pairs).items()}
+    return {f"ref_{name}": values for name, values in frozen_sums(policy, pairs).items()}
 
 
 def tune(
@@ -177,7 +215,7 @@ def tune(
     cache = reference_cache(start, pairs) if cache is None else cache
     beta = arguments.get("beta", loss.entry.defaults["beta"])
     state = loss.entry.state(beta=beta) if loss.entry.state in STATES else None
-    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate, fused=True)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         index = torch.randperm(len(pairs), generator=draw)[:size]
@@ -255,17 +293,23 @@ class World:
         """Mean gold reward of a policy's answers."""
         return (gold or self.gold)(self.answers(policy)).mean().item()
 
+    def rewards(self, policy: Policy, name: str) -> dict[str, float]:
+        """Both mean rewards of a policy's answers, as numbers of an experiment."""
+        return {
+            f"reward 1, {name}": self.reward(policy),
+            f"reward 2, {name}": self.reward(policy, self.other),
+        }
+
     def length(self, policy: Policy) -> float:
         """Mean length of a policy's answers, tokens."""
         return lengths(self.answers(policy)).double().mean().item()
 
 
-@torch.no_grad()
 def accuracy(
     policy: Policy, pairs: Pairs, cache: Mapping[str, Tensor], per_token: bool = False
 ) -> float:
     """Share of pairs whose chosen response has the larger implicit reward, or reward per token."""
-    chosen, rejected = PairLogps(**sums(policy, pairs), **cache).logratios
+    chosen, rejected = PairLogps(**frozen_sums(policy, pairs), **cache).logratios
     if per_token:
         chosen, rejected = chosen / lengths(pairs.chosen), rejected / lengths(pairs.rejected)
     return (chosen > rejected).double().mean().item()
@@ -273,7 +317,5 @@ def accuracy(
 
 def entropies(w: World, policy: Policy, prompts: Tensor) -> list[float]:
     """Of prompts under a policy, from 8 samples each."""
-    samples = sample(policy, prompts, 8, w.draw).flatten(0, 1)
-    with torch.no_grad():
-        found = logps(policy, prompts.repeat_interleave(8, 0), samples)
-    return [entropy(own) for own in found.view(-1, 8).tolist()]
+    samples = sample(policy, prompts, 8, w.draw)
+    return [entropy(own) for own in likelihoods(policy, prompts, samples).tolist()]

@@ -62,7 +62,7 @@ class PreferenceCollator:
         row_tokens: Most tokens of a row; None = ``packing.row_capacity`` decides.
         dense_mask: Ship ``attention_mask``. Without it the model side builds its mask, dense or
             block, from ``document_ids`` and ``branch_ids`` on its own device.
-        pad_to_multiple_of: Round rows' length up to a multiple of this.
+        pad_to_multiple_of: As in ``packing.pack``.
         extra_columns: Numeric columns to pass on beyond ``formats.NUMERIC_COLUMNS``.
     """
 
@@ -71,7 +71,7 @@ class PreferenceCollator:
     prefix_sharing: bool = True
     row_tokens: int | None = None
     dense_mask: bool = True
-    pad_to_multiple_of: int = 1
+    pad_to_multiple_of: int | None = None
     extra_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:

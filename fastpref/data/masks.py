@@ -7,7 +7,9 @@ is empty. Works on any device and never waits for one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,29 @@ def dense_mask(document_ids: Tensor, branch_ids: Tensor) -> Tensor:
     q = torch.arange(tokens, device=device).view(-1, 1)
     k = torch.arange(tokens, device=device).view(1, -1)
     return mask_mod(document_ids, branch_ids)(b, b, q, k)
+
+
+def block_mask(rule: MaskMod, rows: int, tokens: int, device: torch.device) -> Any:
+    """An attention rule by blocks of 128 x 128, as FlexAttention wants it.
+
+    Args:
+        rule: What ``mask_mod`` returns, or its conjunction with more.
+        rows: R.
+        tokens: T.
+        device: Of what the rule reads.
+
+    Returns:
+        A ``torch.nn.attention.flex_attention.BlockMask`` of ``(R, 1, T, T)``.
+    """
+    return _create_block_mask(device.type)(rule, rows, None, tokens, tokens, device=str(device))
+
+
+@functools.cache
+def _create_block_mask(device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Compiled, it never stores the (R, T, T) that it counts, several times over.
+    return torch.compile(create_block_mask) if device == "cuda" else create_block_mask
 
 
 def to_attention_mask(mask: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:

@@ -34,6 +34,9 @@ IGNORE_INDEX = -100
 # backward on CPU: C = 1,500 at H = 256, 2,400 at H = 576. In between serves both.
 DENSE_BREAK_EVEN = 2048
 _SHORTEST_ROW = 256
+BLOCK = 128
+"""Side of the blocks of FlexAttention's mask. Rows that end in a whole one come in fewer lengths,
+for each of which something may be compiled."""
 _SCALES = (1, 1.25, 1.5, 2, 3, 4)
 
 
@@ -157,7 +160,7 @@ def pack(
     prefix_sharing: bool = True,
     dense_mask: bool = True,
     pad_token_id: int = 0,
-    pad_to_multiple_of: int = 1,
+    pad_to_multiple_of: int | None = None,
 ) -> PackedRows:
     """Documents laid out in rows.
 
@@ -165,9 +168,10 @@ def pack(
         documents: At least one, each with at least one response.
         row_tokens: Capacity of a row; None = ``row_capacity`` decides.
         prefix_sharing: Lay a prompt out once for all its responses, instead of once for each.
-        dense_mask: What kind of mask the rows are for; only ``row_capacity`` asks.
+        dense_mask: What kind of mask the rows are for, dense or by blocks.
         pad_token_id: Token at the end of short rows. Nothing attends it.
-        pad_to_multiple_of: Round the rows' length up to a multiple of this.
+        pad_to_multiple_of: Round the rows' length up to a multiple of this; None: to whole blocks
+            of a block mask, with a dense one not at all.
 
     Returns:
         The rows, on CPU.
@@ -176,6 +180,8 @@ def pack(
         ValueError: no documents, a document without responses, a mask whose length is not its
             response's, or an option out of range.
     """
+    if pad_to_multiple_of is None:
+        pad_to_multiple_of = 1 if dense_mask else BLOCK
     _check(documents, pad_to_multiple_of)
     sequences = [(d, k) for d, doc in enumerate(documents) for k in range(len(doc.responses))]
     sequences.sort(key=lambda place: (documents[place[0]].first + place[1], place[0]))

@@ -149,11 +149,12 @@ class TokenizationReport:
             total[: len(old)] += old
             self.histograms[name] = total
 
-    def check(self, max_bad_rows: int | None) -> None:
+    def check(self, max_bad_rows: int | None, ended: bool = False) -> None:
         """Raise ``ValueError`` if more than ``max_bad_rows`` rows were dropped, or all were.
 
         Args:
             max_bad_rows: Number of dropped rows that is still acceptable; None = any number.
+            ended: Of a stream: no row is left to read.
         """
         reasons = ", ".join(
             f"{count} {words} (first: {self.samples[words]})"
@@ -164,7 +165,7 @@ class TokenizationReport:
                 f"{self.bad} of {self.rows} rows cannot be trained on, more than "
                 f"max_bad_rows={max_bad_rows}: {reasons}. Repair the rows or raise max_bad_rows."
             )
-        if self.rows and not self.kept and not self.streaming:
+        if self.rows and not self.kept and (ended or not self.streaming):
             raise ValueError(f"none of the {self.rows} rows can be trained on: {reasons}")
 
     def lengths(self) -> dict[str, dict[str, float]]:

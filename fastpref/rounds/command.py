@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
     options |= {"run_dir": given.run_dir} if given.run_dir else {}
     options |= {"redo": True} if given.redo else {}
     options |= {"use_cpu": True} if given.cpu else {}
+    made = recipe.from_options(options)
     try:
-        outcome = recipe.from_options(options).run()
+        print(made.closing(made.run()))
     except LabelsWanted as waiting:
         print(waiting)
         return 1
-    print(f"the policy is in {outcome.policy.path}")
     return 0
 
 

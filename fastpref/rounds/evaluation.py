@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastpref.rounds.pairs import made
@@ -11,7 +13,15 @@ from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
 from fastpref.rounds.sampling import Sampling, sample
 from fastpref.rounds.scorer import Scorer
-from fastpref.rounds.winrate import RESAMPLES, Estimate, length_controlled_win_rate, mean, win_rate
+from fastpref.rounds.training import PAIRS
+from fastpref.rounds.winrate import (
+    RESAMPLES,
+    Estimate,
+    gap,
+    length_controlled_win_rate,
+    mean,
+    win_rate,
+)
 
 
 @dataclass
@@ -42,14 +52,9 @@ class Evaluator:
     _answers: dict[str, Rows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the judge as the reward where it can be."""
-        judge, reward = self.judge, self.reward
-        if (
-            judge is not None
-            and not judge.comparative
-            and (reward is None or reward.describe() == judge.describe())
-        ):
-            self.reward = judge
+        """Take the judge as the reward where there is none and it can be."""
+        if self.reward is None and self.judge is not None and not self.judge.comparative:
+            self.reward = self.judge
         self.name(self.start, "round-0")
 
     def describe(self) -> Row:
@@ -58,6 +63,8 @@ class Evaluator:
             "held_out": self.prompts.digest,
             "start": self.start.digest,
             "max_new_tokens": self.max_new_tokens,
+            "dtype": str(self.run.dtype),
+            "batch_size": self.run.batch_size,
             "judge": None if self.judge is None else self.judge.describe(),
             "reward": None if self.reward is None else self.reward.describe(),
             "resamples": self.resamples,
@@ -78,9 +85,18 @@ class Evaluator:
     def rewards(self, policy: Policy) -> list[float]:
         """Their rewards, a number each, as a stage."""
         assert self.reward is not None
-        folder = self.name(policy, "other")
-        scores = self.reward.score(self.run, f"{folder}/rewards", self.answers(policy))
-        return [row["scores"][0] for row in scores]
+        return self.scores(self.reward, "rewards", policy)
+
+    def scores(self, scorer: Scorer, name: str, policy: Policy) -> list[float]:
+        """Scores of a policy's answers, as a stage; as another one, if they have been scored.
+
+        Args:
+            scorer: Not comparative.
+            name: Of the stage, in the policy's folder.
+            policy: Whose answers.
+        """
+        stage = f"{self.name(policy, 'other')}/{name}"
+        return [row["scores"][0] for row in scorer.score(self.run, stage, self.answers(policy))]
 
     def compare(self, name: str, before: Policy, after: Policy) -> Row:
         """Numbers of a policy beside those of the policy before it.
@@ -131,15 +147,7 @@ class Evaluator:
         """Probability, by prompt, that the new answer is the better one."""
         assert self.judge is not None
         if not self.judge.comparative:
-            if self.judge is self.reward:
-                scores = self.rewards(after), self.rewards(before)
-            else:
-                tables = [
-                    self.judge.score(self.run, f"{self.name(p, 'other')}/judged", answers)
-                    for p, answers in ((after, new), (before, old))
-                ]
-                scores = ([r["scores"][0] for r in tables[0]], [r["scores"][0] for r in tables[1]])
-            return _wins(*scores)
+            return _wins(*(self.scores(self.judge, "judged", p) for p in (after, before)))
         both = [
             {**a, "responses": [a["responses"][0], b["responses"][0]]}
             for a, b in zip(new, old, strict=True)
@@ -166,20 +174,18 @@ def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(first, second, strict=True)]
 
 
-def describe_pairs(
-    pairs: Rows, filtered: Rows | None = None, trained: list[Row] | None = None
-) -> Row:
+def describe_pairs(pairs: Rows, filtered: Rows | None = None, resamples: int = RESAMPLES) -> Row:
     """Pairs made and dropped and why, and how much longer the chosen responses are.
 
     Args:
         pairs: Of :func:`fastpref.rounds.pairs.build_pairs`.
         filtered: Of :func:`fastpref.rounds.pairs.filter_samples`.
-        trained: What the round trains on, if that is not ``pairs``.
+        resamples: Of the bootstrap.
 
     Returns:
         ``prompts``, ``made``, ``dropped`` (prompts by reason), ``faults`` (responses by reason),
-        ``trained_on``, and ``gap_tokens`` and ``gap_characters`` of the pairs made (mean of chosen
-        minus rejected; 0 if none was).
+        and where any was made ``gap_tokens`` and ``gap_characters`` of the pairs (mean of chosen
+        minus rejected, ``[value, low, high]``).
     """
     dropped: dict[str, int] = {}
     faults: dict[str, int] = {}
@@ -190,17 +196,39 @@ def describe_pairs(
         for why, count in row["faults"].items():
             faults[why] = faults.get(why, 0) + count
     good = made(pairs)
+    found: Row = {"prompts": len(pairs), "made": len(good), "dropped": dropped, "faults": faults}
+    for unit, suffix in (("tokens", "_ids"), ("characters", "")) if good else ():
+        chosen, rejected = (
+            [len(row[side + suffix]) for row in good] for side in ("chosen", "rejected")
+        )
+        found[f"gap_{unit}"] = gap(chosen, rejected, resamples)
+    return found
 
-    def gap(suffix: str) -> float:
-        gaps = [len(r[f"chosen{suffix}"]) - len(r[f"rejected{suffix}"]) for r in good]
-        return sum(gaps) / max(len(gaps), 1)
 
-    return {
-        "prompts": len(pairs),
-        "made": len(good),
-        "dropped": dropped,
-        "faults": faults,
-        "trained_on": len(good) if trained is None else len(trained),
-        "gap_tokens": gap("_ids"),
-        "gap_characters": gap(""),
-    }
+def trained_on(policy: Policy, resamples: int = RESAMPLES) -> Row:
+    """What a policy was trained on, whatever the recipe: its training stage wrote it down.
+
+    Args:
+        policy: Of :func:`fastpref.rounds.training.train`.
+        resamples: Of the bootstrap.
+
+    Returns:
+        ``pairs``, ``left_out`` (rows given and not trained on, by reason), ``notes`` (rows by what
+        was done to them), and ``gap_tokens`` and ``gap_characters`` (mean of chosen minus rejected
+        responses as they were cut, ``[value, low, high]``).
+
+    Raises:
+        FileNotFoundError: an earlier version trained it, which wrote nothing down.
+    """
+    path = Path(policy.path).with_name(PAIRS)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is not there: an earlier version trained this policy. Remove {path.parent} to "
+            "train it again, or give another run_dir"
+        )
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    found: Row = {name: stored[name] for name in ("left_out", "notes")}
+    found["pairs"] = len(stored["tokens"]["chosen"])
+    for unit in ("tokens", "characters"):
+        found[f"gap_{unit}"] = gap(**stored[unit], resamples=resamples, paired=stored["paired"])
+    return found

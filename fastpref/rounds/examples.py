@@ -107,10 +107,10 @@ def encode_prompt(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def ends(tokenizer: Any, model: Any = None) -> list[int]:
+def ends(tokenizer: Any, generation_config: Any = None) -> list[int]:
     """Ids of the tokens that end a response, of the tokenizer and of a model's own generation."""
     found = [tokenizer.eos_token_id]
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = getattr(generation_config, "eos_token_id", None)
     found += own if isinstance(own, (list, tuple)) else [own]
     return sorted({int(i) for i in found if i is not None})
 
@@ -136,7 +136,8 @@ def read_examples(
             ``chosen`` and ``rejected`` that begin alike.
         tokenizer: Of the policy.
         responses: Response columns to read: of ``chosen``, ``rejected``.
-        max_prompt_tokens: Rows with a longer prompt are left out, and the log says how many.
+        max_prompt_tokens: Rows with a longer prompt are left out; the log says how many, and
+            ``left_out`` of the result.
 
     Returns:
         Rows ``{"id", "prompt", "prompt_ids", "responses": [{"text", "ids", "finished"}, ...]}`` in
@@ -146,9 +147,12 @@ def read_examples(
     Raises:
         ValueError: a column is missing, or no row is left.
     """
+    from tqdm.auto import tqdm
+
     found: list[Row] = []
     stops, too_long = ends(tokenizer), 0
-    for number, source in enumerate(load_dataset(dataset)):
+    rows = tqdm(load_dataset(dataset), desc="reading the dataset", delay=2)
+    for number, source in enumerate(rows):
         row = extract_prompt(source)
         for name in ("prompt", *responses):
             if row.get(name) is None:
@@ -166,9 +170,13 @@ def read_examples(
         found.append(
             {"id": number, "prompt": row["prompt"], "prompt_ids": ids, "responses": own, "row": row}
         )
+    if not found and too_long:
+        raise ValueError(
+            f"the dataset has no prompt of at most {max_prompt_tokens} tokens: raise "
+            "max_prompt_tokens"
+        )
     if not found:
-        limit = "" if max_prompt_tokens is None else f" of at most {max_prompt_tokens} tokens"
-        raise ValueError(f"the dataset has no prompt{limit}; raise max_prompt_tokens")
+        raise ValueError("the dataset has no rows")
     if too_long:
         logger.warning(
             "%d prompts have more than %s tokens (max_prompt_tokens) and are left out, %d remain",
@@ -176,7 +184,7 @@ def read_examples(
             max_prompt_tokens,
             len(found),
         )
-    return given_rows(found)
+    return given_rows(found, {"prompt longer than max_prompt_tokens": too_long})
 
 
 def _encode_response(
@@ -221,7 +229,12 @@ def split_prompts(examples: Rows, held_out: int, seed: int) -> tuple[Rows, Rows]
     kept = set(prompts[:held_out])
     train = [row for row in examples if repr(row["prompt"]) not in kept]
     test = [by_prompt[prompt][0] for prompt in prompts[:held_out]]
-    return given_rows(train), given_rows(test)
+    return given_rows(train, examples.left_out), given_rows(test)
+
+
+def one_each(examples: Rows) -> Rows:
+    """The rows with a prompt once each; of several with one, the last."""
+    return given_rows(list({repr(row["prompt"]): row for row in examples}.values()))
 
 
 def split_rounds(examples: Rows, rounds: int, seed: int, size: int | None = None) -> list[Rows]:

@@ -28,7 +28,8 @@ def write_front(folder: Path, rows: Sequence[Row], notes: Sequence[str]) -> str:
     Args:
         folder: Where ``front.jsonl``, ``front.md`` and ``front.png`` go, each replaced in one go.
         rows: A dict for each policy: ``policy`` (what it is called), ``objectives`` (estimates
-            ``[value, low, high]`` by name), and where it was measured ``kl`` and ``tokens``.
+            ``[value, low, high]`` by name), ``kl`` and ``tokens``, and where answers were judged
+            ``judge`` (by what), ``win_rate`` and ``lc_win_rate`` (against the start).
         notes: Lines below the table.
 
     Returns:
@@ -46,12 +47,16 @@ def write_front(folder: Path, rows: Sequence[Row], notes: Sequence[str]) -> str:
 def table(rows: Sequence[Row]) -> list[str]:
     """The lines of a Markdown table."""
     objectives = list(rows[0]["objectives"])
-    heads = ["policy", *(f"{name} [95 %]" for name in objectives), "KL, nats", "tokens", "front"]
+    judged = "win_rate" in rows[0]
+    wins = [f"win rate ({rows[0]['judge']})", "length-controlled"] if judged else []
+    means = [f"{name} [95 %]" for name in objectives]
+    heads = ["policy", *means, *wins, "KL, nats", "tokens", "front"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [
             row["policy"],
             *(str(Estimate(*row["objectives"][name])) for name in objectives),
+            *(str(Estimate(*row[name])) for name in ("win_rate", "lc_win_rate") if judged),
             str(Estimate(*row["kl"])),
             f"{row['tokens'][0]:.1f}",
             "*" if row["front"] else "",
@@ -77,7 +82,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.plot(*([spot[i].value for spot in spots[1:]] for i in (0, 1)), color="C0", alpha=0.4)
         for number, (row, (x, y)) in enumerate(zip(rows, spots, strict=True)):
             color = "C0" if number else "0.5"
-            bars = [[[at.value - at.low], [at.high - at.value]] for at in (x, y)]
+            bars = [[[abs(end - at.value)] for end in at.ends] for at in (x, y)]
             axes.errorbar(
                 *(x.value, y.value, bars[1], bars[0]),
                 fmt="o",

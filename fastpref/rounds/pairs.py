@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.rounds.options import check_types
 from fastpref.rounds.run import Row, Rows, Run, seed_of
 
 logger = logging.getLogger("fastpref")
@@ -32,12 +33,29 @@ class Filter:
         min_characters: Shortest response that counts; an empty one never does.
         max_characters: Longest; None: any.
         min_responses: Least number of responses that a prompt must have left.
+
+    Raises:
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
     """
 
     unfinished: bool = False
     min_characters: int = 1
     max_characters: int | None = None
     min_responses: int = 2
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        check_types(self, "filter.")
+        least = {
+            "min_characters": 0,
+            "max_characters": max(self.min_characters, 1),
+            "min_responses": 1,
+        }
+        for name, allowed in least.items():
+            value = getattr(self, name)
+            if value is not None and value < allowed:
+                raise ValueError(f"filter.{name} must be at least {allowed}, got {value}")
 
     def fault(self, response: Row) -> str | None:
         """Why a response does not count; None if it does."""
@@ -134,6 +152,12 @@ RULES: dict[str, Choose] = {"best_worst": best_worst, "best_random": best_random
 """Rules that make a pair of scored responses, by name."""
 
 
+def check_rule(rule: str) -> None:
+    """Raise ``ValueError`` unless it is one of :data:`RULES`."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+
+
 def build_pairs(
     run: Run,
     name: str,
@@ -160,8 +184,7 @@ def build_pairs(
     Raises:
         ValueError: no pair could be made; all scores are the same, say.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    check_rule(rule)
 
     def make() -> list[Row]:
         draw = random.Random(seed_of(run.seed, name))

@@ -11,6 +11,7 @@ from fastpref.data.masks import dense_mask
 from fastpref.data.packing import Document, pack
 from fastpref.ops import segment_sum
 from fastpref.policy import response_logps
+from fastpref.ref_tokenizers import kept_with, same_ids
 from fastpref.rounds.run import Policy, Row, Rows, Run, by_length
 
 
@@ -21,6 +22,29 @@ def load_policy(run: Run, policy: Policy) -> Any:
     options = {"use_safetensors": True, "dtype": run.dtype, **run.model_options}
     model = AutoModelForCausalLM.from_pretrained(policy.path, **options)
     return model.to(run.device).eval().requires_grad_(False)
+
+
+def check_ids(run: Run, policy: Policy) -> None:
+    """Raise ``ValueError`` if a policy's own tokenizer gives other token ids than the run's."""
+    own = None
+    if run.tokenizer is not None:
+        own = kept_with(policy.path, run.model_options.get("trust_remote_code", False))
+    if own is not None and not same_ids(run.tokenizer, own):
+        raise ValueError(
+            f"{policy.path} has another vocabulary than the run's model: to it the same token ids "
+            "are another text, and its likelihood of them means nothing. Give a model with the "
+            "tokenizer of the run's"
+        )
+
+
+def generation_config(policy: Policy) -> Any:
+    """The generation config that a policy's model has once it is loaded, without loading it."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(policy.path)
+    except OSError:  # there is no such file
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(policy.path))
 
 
 @torch.no_grad()
@@ -62,6 +86,9 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
 
     Returns:
         A row ``{"id", "logps": [nats, summed over the response]}`` for each group.
+
+    Raises:
+        ValueError: the policy has another vocabulary than the run's tokenizer.
     """
     rows = groups.rows
     most = max((len(row["responses"]) for row in rows), default=1)
@@ -71,6 +98,7 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
     batches = by_length(lengths, max(run.batch_size // max(most, 1), 1))
 
     def open() -> Any:
+        check_ids(run, policy)
         model = load_policy(run, policy)
 
         def work(number: int, indices: Sequence[int]) -> list[Row]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -16,8 +16,9 @@ from fastpref.config import PreferenceConfig
 from fastpref.disk import write_text
 from fastpref.models import load_tokenizer
 from fastpref.recorder import resolved
-from fastpref.rounds.evaluation import Evaluator, describe_pairs
+from fastpref.rounds.evaluation import Evaluator, describe_pairs, trained_on
 from fastpref.rounds.examples import read_examples, split_prompts, split_rounds
+from fastpref.rounds.options import Options, as_options, build, check_types
 from fastpref.rounds.pairs import Filter
 from fastpref.rounds.report import report
 from fastpref.rounds.run import Policy, Row, Rows, Run, policy_of
@@ -27,13 +28,14 @@ from fastpref.rounds.scorers import make_scorer
 from fastpref.rounds.training import Training, pick_device
 from fastpref.rounds.winrate import RESAMPLES
 
-Options = TypeVar("Options")
-PLAIN: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
+LEAST = {
+    "held_out": 0,
+    "resamples": 1,
+    "batch_size": 1,
+    "max_new_tokens": 1,
+    "max_prompt_tokens": 1,
 }
+"""Least values of options that are numbers."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Recipe:
         lora: Arguments of ``peft.LoraConfig``: train an adapter each round, merged at its end.
         beta: Strength of the reference.
         seed: Of everything drawn at random.
-        batch_size: Sequences at a time where models sample or score.
+        batch_size: Sequences at a time where models sample or score; a prompt's are never parted.
         dtype: Of models that sample or score.
         use_cpu: Leave a GPU alone.
         redo: Make stages anew whose inputs have changed, instead of stopping.
@@ -104,18 +106,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """See the class."""
-        for option in fields(self):
-            value, kinds = getattr(self, option.name), str(option.type).split(" | ")
-            allowed = tuple(kind for name in kinds for kind in PLAIN.get(name, ()))
-            if not allowed or (value is None and "None" in kinds):
-                continue
-            if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in kinds):
-                raise TypeError(
-                    f"{option.name}: expected {option.type}, got {value!r} ({type(value).__name__})"
-                )
-        for name, least in {"held_out": 0, "resamples": 1, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_types(self)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype must be float32, bfloat16 or the like, got {self.dtype!r}")
         if unknown := set(self.training) - {f.name for f in fields(PreferenceConfig) if f.init}:
@@ -146,8 +141,10 @@ class Recipe:
         Raises:
             ChangedError: a finished stage was made with other options; the message says which.
             RuntimeError: another process is at work in ``run_dir``, or several ranks were started.
+            ModuleNotFoundError: what the reports are made with is not installed.
             KeyboardInterrupt: Ctrl-C; what was done is kept.
         """
+        check_installed()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 "rounds run in one process: start it without torchrun or accelerate launch, and "
@@ -173,10 +170,20 @@ class Recipe:
             self._write_config(path)
         return Outcome(policy, dict(self._policies), list(self._reports), run.folder)
 
+    def closing(self, outcome: Outcome) -> str:
+        """What the command says when all is done: where it is."""
+        return f"the policy is in {outcome.policy.path}"
+
     def _write_config(self, path: Path) -> None:
-        values = {name: value for name, value in resolved(self).items() if name != "redo"}
+        """Write the options as YAML, which runs again; it names those that YAML cannot hold."""
+        written = copy.copy(self)
+        for option in fields(self):
+            setattr(written, option.name, as_yaml(getattr(self, option.name)))
+        values = {name: value for name, value in resolved(written).items() if name != "redo"}
+        lost = [f.name for f in fields(self) if f.name not in values and f.name != "redo"]
+        note = f"# given in Python, and nothing that YAML can hold: {', '.join(lost)}\n"
         text = yaml.safe_dump({"recipe": type(self).__name__, **values}, sort_keys=False)
-        write_text(path, text)
+        write_text(path, (note if lost else "") + text)
 
     # What recipes share
 
@@ -230,17 +237,31 @@ class Recipe:
         before: Policy,
         after: Policy,
         *,
+        data: Rows,
         pairs: Rows | None = None,
         filtered: Rows | None = None,
-        trained: list[Row] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write and print the report of a round."""
+        """Write and print the report of a round.
+
+        Args:
+            run: The run.
+            number: Of the round.
+            evaluator: Measures the policies; None: nothing is held out.
+            before: What the round began with.
+            after: What it made; where it is another, its training stage knows the pairs.
+            data: The rows of the dataset that the round draws on; it knows what was left out.
+            pairs: Pairs made in the round, if any were.
+            filtered: The samples that they were made of.
+            training: What else the recipe has to show: values by name.
+        """
 
         def content() -> Row:
-            found: Row = {"policy": after.digest}
+            found: Row = {"policy": after.digest, "left_out": data.left_out}
             if pairs is not None:
-                found["pairs"] = describe_pairs(pairs, filtered, trained)
+                found["pairs"] = describe_pairs(pairs, filtered, self.resamples)
+            if after.digest != before.digest:
+                found["trained_on"] = trained_on(after, self.resamples)
             if training:
                 found["training"] = dict(training)
             if evaluator is not None:
@@ -250,7 +271,9 @@ class Recipe:
         inputs = {
             "before": before.digest,
             "after": after.digest,
+            "left_out": data.left_out,
             "pairs": None if pairs is None else pairs.digest,
+            "resamples": self.resamples,
             "training": dict(training or {}),
             "evaluation": None if evaluator is None else evaluator.describe(),
         }
@@ -274,14 +297,19 @@ class Sampled(Recipe):
         super().__post_init__()
         self._sampling = self._options(Sampling, "sampling")
         self._filter = self._options(Filter, "filter")
-        limit = self.training.get("max_length", PreferenceConfig.max_length)
-        longest = (self.max_prompt_tokens or 0) + self._sampling.max_new_tokens
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"max_prompt_tokens + sampling.max_new_tokens is {longest}, training.max_length is "
-                f"{limit}: responses would be cut before they are trained on. Lower the first two, "
-                "or raise training.max_length"
-            )
+        limits, new = self._training.limits(), self._sampling.max_new_tokens
+        prompt = self.max_prompt_tokens or 0
+        for option, limit, longest, what in (
+            ("max_length", limits.max_length, prompt + new, "max_prompt_tokens + sampling.{}"),
+            ("max_completion_length", limits.max_completion_length, new, "sampling.{}"),
+            ("max_prompt_length", limits.max_prompt_length, prompt, "max_prompt_tokens"),
+        ):
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"{what.format('max_new_tokens')} is {longest}, training.{option} is {limit}: "
+                    "samples would be cut before they are trained on. Lower the former, or raise "
+                    f"training.{option}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -312,29 +340,23 @@ class OnPolicy(Sampled):
         return split_rounds(prompts, self.rounds, self.seed, self.prompts_per_round)
 
 
-def build(cls: type[Options], options: Mapping[str, Any], name: str) -> Options:
-    """A dataclass from a mapping.
-
-    Raises:
-        TypeError: an option is missing or does not exist; the message names the nearest.
-    """
-    known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known)}."
-            raise TypeError(f"{name} has no option {option!r}.{hint}")
-    for option, f in known.items():
-        optional = f.default is not MISSING or f.default_factory is not MISSING
-        if not optional and option not in options:
-            raise TypeError(f"{name}: option {option!r} is missing")
-    return cls(**options)
+def as_yaml(value: Any) -> Any:
+    """Options that are objects as their options, and tuples as lists, which YAML reads back."""
+    if isinstance(value, (Sampling, Filter)):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {name: as_yaml(item) for name, item in value.items()}
+    return [as_yaml(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def as_options(cls: type[Options], given: Any, name: str, default: Options) -> Options:
-    """``given`` as it is; or a mapping, in the place of some of the ``default``'s options."""
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{name}: expected {cls.__name__} or its options, got {given!r}")
-    return build(cls, {**vars(default), **given}, name)
+def check_installed() -> None:
+    """Raise ``ModuleNotFoundError`` now, and not after a training, if a report cannot be made."""
+    try:
+        import scipy.stats  # noqa: F401
+        import sklearn.linear_model  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the reports of rounds need {error.name}, which is not installed; this adds it: pip "
+            'install "fastpref[rounds]"',
+            name=error.name,
+        ) from error

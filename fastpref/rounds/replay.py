@@ -65,8 +65,16 @@ def replay_mix(
 
     Returns:
         Rows of both, without replacement, shuffled.
+
+    Raises:
+        ValueError: the shares of so few pairs are none at all.
     """
     new, old = replay_counts(len(offline), len(generated), gamma, convention)
+    if not new + old:
+        raise ValueError(
+            f"gamma={gamma} of {len(offline)} offline and {len(generated)} generated pairs leaves "
+            "none to train on: give more offline pairs, or a gamma that is lower"
+        )
     draw = random.Random(seed)
     drawn = draw.sample(list(generated), new)
     seen = {repr(row["prompt"]) for row in drawn}

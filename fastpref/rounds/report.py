@@ -10,6 +10,7 @@ from typing import Any
 from fastpref import checkpoint
 from fastpref.plots import save
 from fastpref.rounds.run import Row, Run
+from fastpref.rounds.winrate import Estimate
 
 FILE, PICTURE = "report.json", "report.png"
 
@@ -21,7 +22,8 @@ def report(run: Run, number: int, inputs: Mapping[str, Any], content: Callable[[
         run: The run.
         number: Of the round, from 1.
         inputs: All that the content depends on.
-        content: Makes it: any of ``pairs`` (of ``describe_pairs``), ``held_out`` (of
+        content: Makes it: any of ``left_out`` (rows of the dataset by reason), ``pairs`` (of
+            ``describe_pairs``), ``trained_on`` (of the function of that name), ``held_out`` (of
             ``Evaluator.compare``) and ``training`` (numbers by name).
 
     Returns:
@@ -29,7 +31,7 @@ def report(run: Run, number: int, inputs: Mapping[str, Any], content: Callable[[
     """
 
     def make(folder: Path) -> None:
-        found = json.loads(json.dumps({"round": number, **content()}))
+        found = json.loads(json.dumps({"round": number, **content()}, allow_nan=False))
         checkpoint.write_json(folder / FILE, found)
         draw([*_earlier(run, number), found], folder / PICTURE)
 
@@ -47,15 +49,20 @@ def _earlier(run: Run, number: int) -> list[Row]:
 def lines(content: Row) -> list[tuple[str, str]]:
     """A report as labels and values."""
     found: list[tuple[str, str]] = []
+    found += _counts("left out of the data", content.get("left_out"))
     pairs = content.get("pairs")
     if pairs:
         found.append(("pairs", f"{pairs['made']} of {pairs['prompts']} prompts"))
-        found += [("  dropped", f"{n}: {why}") for why, n in pairs["dropped"].items()]
-        found += [("  responses dropped", f"{n}: {why}") for why, n in pairs["faults"].items()]
-        if pairs["trained_on"] != pairs["made"]:
-            found.append(("  trained on", f"{pairs['trained_on']} pairs"))
-        gap = f"{pairs['gap_tokens']:+.1f} tokens, {pairs['gap_characters']:+.1f} characters"
-        found.append(("chosen - rejected", gap))
+        found += _counts("  dropped", pairs["dropped"])
+        found += _counts("  responses dropped", pairs["faults"])
+        found += _gaps(pairs)
+    trained = content.get("trained_on")
+    if trained:
+        found.append(("trained on", f"{trained['pairs']} pairs"))
+        found += _counts("  dropped", trained["left_out"])
+        found += _counts("  noted", trained["notes"])
+        if not pairs or _gaps(pairs) != _gaps(trained):
+            found += _gaps(trained)
     for name, value in (content.get("training") or {}).items():
         found.append((name, _shown(value)))
     held_out = content.get("held_out")
@@ -67,6 +74,8 @@ def lines(content: Row) -> list[tuple[str, str]]:
         if "win_rate" in held_out:
             found.append((f"win rate ({held_out['judge']})", _interval(held_out["win_rate"])))
             found.append(("  length-controlled", _interval(held_out["lc_win_rate"])))
+        else:
+            found.append(("win rate", "not measured: no judge is given"))
         found.append(("KL from previous, nats", _interval(held_out["kl"]["previous"])))
         found.append(("KL from start, nats", _interval(held_out["kl"]["start"])))
         found.append(("response tokens", _interval(held_out["tokens"])))
@@ -75,15 +84,27 @@ def lines(content: Row) -> list[tuple[str, str]]:
     return found
 
 
+def _counts(label: str, counts: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    return [(label, f"{count}: {why}") for why, count in (counts or {}).items()]
+
+
+def _gaps(pairs: Row) -> list[tuple[str, str]]:
+    """How much longer chosen responses are, where there are any."""
+    units = [unit for unit in ("tokens", "characters") if f"gap_{unit}" in pairs]
+    return [
+        (f"  chosen - rejected, {unit}", f"{Estimate(*pairs[f'gap_{unit}']):+.1f}")
+        for unit in units
+    ]
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return _interval(value)
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _interval(values: Sequence[float]) -> str:
-    value, low, high = values
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def _interval(values: Sequence[Any]) -> str:
+    return str(Estimate(*values))
 
 
 def show(content: Row, folder: Path) -> None:
@@ -155,7 +176,8 @@ def _panels(reports: Sequence[Row]) -> list[tuple[str, str, list[tuple[str, list
     first = reports[0]
     reward = held_out("reward")
     if reward and "reward_before" in first["held_out"]:
-        reward = [(first["round"] - 1, *first["held_out"]["reward_before"]), *reward]
+        start = Estimate(*first["held_out"]["reward_before"])
+        reward = [(first["round"] - 1, start.value, *start.ends), *reward]
     names = dict.fromkeys(name for r in reports for name in r.get("training") or {})
     return [
         ("reward of held-out answers", "mean, 95 %", [("reward", reward)], None),
@@ -178,10 +200,22 @@ def _panels(reports: Sequence[Row]) -> list[tuple[str, str, list[tuple[str, list
         (
             "pairs",
             "number",
-            [("prompts", plain("pairs", "prompts")), ("made", plain("pairs", "made"))],
+            [
+                ("prompts", plain("pairs", "prompts")),
+                ("made", plain("pairs", "made")),
+                ("trained on", plain("trained_on", "pairs")),
+            ],
             None,
         ),
-        ("chosen - rejected", "tokens", [("length gap", plain("pairs", "gap_tokens"))], 0.0),
+        (
+            "chosen - rejected",
+            "tokens",
+            [
+                ("pairs made", plain("pairs", "gap_tokens")),
+                ("trained on", plain("trained_on", "gap_tokens")),
+            ],
+            0.0,
+        ),
         *((name, "", [(name, plain("training", name))], None) for name in names),
     ]
 
@@ -193,5 +227,6 @@ def _point(report: Row, *keys: str) -> Point | None:
     if value is None or isinstance(value, str):
         return None
     if isinstance(value, list):
-        return (report["round"], *value)
+        found = Estimate(*value)
+        return (report["round"], found.value, *found.ends)
     return report["round"], float(value), float(value), float(value)

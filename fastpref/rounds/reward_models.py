@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from fastpref.rounds.run import Row, Run, by_length, policy_of
 from fastpref.rounds.scorer import Score, Scorer, described
 
 
-def reward_text(tokenizer: Any, prompt: Any, response: str) -> str:
+def reward_ids(tokenizer: Any, prompt: Any, response: str) -> list[int]:
     """What a reward model reads: prompt and response as its chat template has them, or end to end.
 
     Args:
         tokenizer: The reward model's.
         prompt: A string, or messages; a string, or a tokenizer without a template, is not rendered.
         response: A string.
+
+    Returns:
+        Token ids; a template writes the special tokens itself, and the tokenizer adds none to it.
     """
-    if isinstance(prompt, str) or tokenizer.chat_template is None:
-        return prompt_text(prompt) + response
-    said = [*prompt, {"role": "assistant", "content": response}]
-    return str(tokenizer.apply_chat_template(said, tokenize=False))
+    plain = isinstance(prompt, str) or tokenizer.chat_template is None
+    if plain:
+        text = prompt_text(prompt) + response
+    else:
+        said = [*prompt, {"role": "assistant", "content": response}]
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=plain, verbose=False)["input_ids"])
 
 
 class Classifier:
-    """A sequence-classification model with one output, and how texts get into it."""
+    """A sequence-classification model with one output, and its tokenizer."""
 
     def __init__(self, run: Run, model: str, max_length: int | None) -> None:
         """Load it on the run's device."""
@@ -45,20 +52,20 @@ class Classifier:
             raise ValueError(
                 f"{model} has {loaded.config.num_labels} outputs; a reward model has one"
             )
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        loaded.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = loaded.to(run.device).eval()
+        config = loaded.config.get_text_config()
+        self.pads = config.pad_token_id in range(config.vocab_size)
         self.size, self.max_length = run.batch_size, max_length
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[float]:
-        """The model's output for each text, by batches of like length.
+    def __call__(self, encoded: Sequence[Sequence[int]]) -> list[float]:
+        """The model's output for each sequence of token ids, by batches of like length.
+
+        Equals ``model(ids).logits`` of each one alone.
 
         Raises:
-            ValueError: a text is longer than ``max_length``.
+            ValueError: one is longer than ``max_length``.
         """
-        encoded = self.tokenizer(list(texts), verbose=False)["input_ids"]
         limit = self.max_length or getattr(self.model.config, "max_position_embeddings", None)
         longest = max(map(len, encoded))
         if limit is not None and longest > limit:
@@ -66,17 +73,29 @@ class Classifier:
                 f"prompt and response have {longest} tokens, the model reads {limit}: lower "
                 "sampling.max_new_tokens or max_prompt_tokens"
             )
-        found = [0.0] * len(texts)
+        found = [0.0] * len(encoded)
         for batch in by_length(list(map(len, encoded)), self.size):
-            padded = self.tokenizer.pad(
-                {"input_ids": [encoded[i] for i in batch]},
-                padding_side="right",
-                return_tensors="pt",
-            ).to(self.model.device)
-            logits = self.model(**padded).logits[:, 0].float().tolist()
-            for i, value in zip(batch, logits, strict=True):
+            own = [list(encoded[i]) for i in batch]
+            pad, width = self._pad(own), max(map(len, own))
+            ids = torch.tensor([one + [pad] * (width - len(one)) for one in own])
+            mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in own])
+            device = self.model.device
+            read = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            for i, value in zip(batch, read.logits[:, 0].float().tolist(), strict=True):
                 found[i] = value
         return found
+
+    def _pad(self, batch: Sequence[Sequence[int]]) -> int:
+        """The id that a batch is padded with.
+
+        A head reads the last token that is not its model's padding. Where the model has none, that
+        is the very last, an end of text too, so that what pads must not end a text.
+        """
+        config = self.model.config.get_text_config()
+        if not self.pads:
+            last = {one[-1] for one in batch if one}
+            config.pad_token_id = next(i for i in count() if i not in last)
+        return int(config.pad_token_id)
 
 
 @dataclass
@@ -92,6 +111,11 @@ class RewardModel(Scorer):
     model: str
     max_length: int | None = None
 
+    @property
+    def loads(self) -> bool:
+        """Always."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """The model's digest."""
         return {"kind": self.kind, "model": policy_of(self.model).digest}
@@ -106,12 +130,12 @@ class RewardModel(Scorer):
         classify = Classifier(run, self.model, self.max_length)
 
         def score(groups: Sequence[Row]) -> list[list[float]]:
-            texts = [
-                reward_text(classify.tokenizer, group["prompt"], response["text"])
+            read = [
+                reward_ids(classify.tokenizer, group["prompt"], response["text"])
                 for group in groups
                 for response in group["responses"]
             ]
-            found = iter(classify(texts))
+            found = iter(classify(read))
             return [[next(found) for _ in group["responses"]] for group in groups]
 
         return score
@@ -148,6 +172,11 @@ class Ranker(Scorer):
     @cached_property
     def _described(self) -> dict[str, str]:
         return described(self.function)  # once: what an object notes while it scores is no change
+
+    @property
+    def loads(self) -> bool:
+        """Unless a function judges."""
+        return self.model is not None
 
     def describe(self) -> dict[str, Any]:
         """The function, or the model and its template."""
@@ -211,6 +240,7 @@ class Ranker(Scorer):
                 self.template.format(prompt=prompt_text(prompt), first=first, second=second)
                 for prompt, first, second in asked
             ]
-            return torch.tensor(classify(texts)).sigmoid().tolist()
+            encoded = classify.tokenizer(texts, verbose=False)["input_ids"]
+            return torch.tensor(classify(encoded)).sigmoid().tolist()
 
         return judge

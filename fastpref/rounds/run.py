@@ -8,6 +8,7 @@ A stage's digest is that of its inputs: whatever depends on a changed input is a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,9 @@ Row = dict[str, Any]
 
 INPUTS, TABLE, PROGRESS = "inputs.json", "rows.jsonl", "progress.jsonl"
 
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a model and its tokenizer are in."""
+
 
 class ChangedError(ValueError):
     """A stage of the run was made from other inputs than it would be made from now."""
@@ -46,11 +50,13 @@ class Rows:
         rows: One dict a row.
         digest: Tells it from tables made from other inputs.
         path: Its folder; None if it was given.
+        left_out: Rows that were there and are not among these, by reason.
     """
 
     rows: list[Row]
     digest: str
     path: Path | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -80,9 +86,15 @@ def seed_of(*parts: Any) -> int:
     return int(digest(list(parts)), 16) >> 1
 
 
-def given_rows(rows: Sequence[Row]) -> Rows:
-    """A table that no stage made."""
-    return Rows(list(rows), digest(list(rows)))
+def given_rows(rows: Sequence[Row], left_out: Mapping[str, int] | None = None) -> Rows:
+    """A table that no stage made.
+
+    Args:
+        rows: Its rows.
+        left_out: As in :class:`Rows`; a reason with no rows is none.
+    """
+    reasons = {why: count for why, count in (left_out or {}).items() if count}
+    return Rows(list(rows), digest(list(rows)), left_out=reasons)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -102,7 +114,13 @@ def write_jsonl(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(
+            f"a number that is not finite, in {str(row)[:400]}: no JSON can hold it. What made it "
+            "(a model in fp16 out of its range, say) is to be mended; what was made before is kept"
+        ) from error
 
 
 @dataclass
@@ -115,9 +133,10 @@ class Run:
         device: Where models run.
         dtype: Of models that sample or score.
         seed: Of everything drawn at random.
-        batch_size: Sequences at a time where models sample or score.
+        batch_size: Sequences at a time where models sample or score; a prompt's are never parted.
         redo: Make stages anew whose inputs have changed, instead of raising.
         model_options: More arguments of ``from_pretrained`` for policies.
+        scored: Tables of scores by a digest of what was asked; the scorers keep them.
     """
 
     folder: Path
@@ -128,6 +147,7 @@ class Run:
     batch_size: int = 8
     redo: bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
+    scored: dict[str, Rows] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -341,7 +361,13 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def file_digest(path: Path) -> str:
-    """Digest of a file's content."""
+    """Digest of a file's content, which is read once as long as the file stays as it is."""
+    state = path.stat()
+    return _file_digest(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _file_digest(path: Path, inode: int, size: int, changed: int) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -357,7 +383,7 @@ def policy_of(model: str) -> Policy:
     """
     path = Path(located(model))
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+        files = sorted(p for p in path.iterdir() if p.suffix in MODEL_FILES)
         return Policy(str(path), digest({p.name: file_digest(p) for p in files}))
     from transformers import AutoConfig
 

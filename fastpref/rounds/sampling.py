@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastpref.rounds.examples import cut_at_end, ends
-from fastpref.rounds.policies import load_policy
+from fastpref.rounds.options import check_types
+from fastpref.rounds.policies import generation_config, load_policy
 from fastpref.rounds.run import Policy, Row, Rows, Run, by_length, seed_of
 
 logger = logging.getLogger("fastpref")
@@ -35,6 +36,7 @@ class Sampling:
 
     Raises:
         ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
     """
 
     n: int = 8
@@ -46,6 +48,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """See the class."""
+        check_types(self, "sampling.")
         rules = {
             "n": (self.n >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 or more"),
@@ -200,7 +203,7 @@ def _read_once(model: Any, ids: Tensor, mask: Tensor, pad: int, copies: int) -> 
     """
     from transformers import DynamicCache, GenerationConfig
 
-    if copies == 1 or ids.shape[1] == 1:
+    if copies == 1 or not mask[:, :-1].any(1).all():  # a prompt of one token leaves nothing to read
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
@@ -220,7 +223,7 @@ def _read_once(model: Any, ids: Tensor, mask: Tensor, pad: int, copies: int) -> 
 
 def _transformers(run: Run, policy: Policy, sampling: Sampling) -> tuple[Generate, list[int]]:
     model = load_policy(run, policy)
-    stops = ends(run.tokenizer, model)
+    stops = ends(run.tokenizer, model.generation_config)
     return transformers_generate(model, run.tokenizer, sampling, stops), stops
 
 
@@ -233,7 +236,7 @@ def _vllm(run: Run, policy: Policy, sampling: Sampling) -> tuple[Generate, list[
             "sampling.backend='vllm' needs vLLM: pip install vllm, or leave the backend out to "
             "sample with transformers"
         ) from error
-    stops = ends(run.tokenizer)
+    stops = ends(run.tokenizer, generation_config(policy))
     engine = LLM(model=policy.path, dtype=str(run.dtype).removeprefix("torch."), seed=run.seed)
 
     def generate(prompts: Sequence[Sequence[int]], seed: int) -> list[list[list[int]]]:

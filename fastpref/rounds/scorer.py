@@ -1,8 +1,9 @@
 """What a response is worth: the base of all scorers.
 
 Every scorer scores groups, a prompt with its responses, as a stage of a run. Equal responses to one
-prompt are scored once, a stage is never made twice, and a batch whose scorer fails costs only
-itself: the scores before it are kept, and the next start goes on from there.
+prompt are scored once, and so are the same groups that are asked about under several names; a stage
+is never made twice, and a batch whose scorer fails costs only itself: the scores before it are
+kept, and the next start goes on from there.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastpref.named import find
-from fastpref.rounds.run import Row, Rows, Run, by_length
+from fastpref.rounds.run import Row, Rows, Run, by_length, digest
 
 Score = Callable[[Sequence[Row]], list[list[float]]]
 """Groups in; a number for each response out."""
@@ -25,7 +26,8 @@ Score = Callable[[Sequence[Row]], list[list[float]]]
 class Scorer:
     """Base of the scorers: a number for each response of each group, as a stage.
 
-    A subclass says what it is (``describe``) and loads what it needs (``open``).
+    A subclass says what it is (``describe``) and loads what it needs (``open``), or has another
+    way to its tables (``make``).
     """
 
     kind = ""
@@ -37,6 +39,16 @@ class Scorer:
     def comparative(self) -> bool:
         """Whether a score depends on the responses beside it: a single one says nothing."""
         return self.probability
+
+    @property
+    def reads(self) -> str:
+        """What of a response it scores, ``"text"`` or ``"ids"``: equal ones are scored once."""
+        return "text"
+
+    @property
+    def loads(self) -> bool:
+        """Whether a model scores, in the run's dtype."""
+        return False
 
     def describe(self) -> dict[str, Any]:
         """What the scores depend on beside the responses, as JSON can hold it."""
@@ -66,6 +78,13 @@ class Scorer:
             ValueError: a score is not a finite number.
             RuntimeError: the scorer failed; what it had scored is kept.
         """
+        asked = digest([self.describe(), groups.rows])
+        if asked not in run.scored:
+            run.scored[asked] = self.make(run, name, groups)
+        return run.scored[asked]
+
+    def make(self, run: Run, name: str, groups: Rows) -> Rows:
+        """The table of :meth:`score`, made or found on disk."""
         rows = groups.rows
         sizes = [sum(len(r["text"]) for r in row["responses"]) for row in rows]
         most = max((len(row["responses"]) for row in rows), default=1)
@@ -78,7 +97,7 @@ class Scorer:
                 chunk = [rows[i] for i in indices]
                 done = sum(map(len, batches[:number]))
                 try:
-                    found = _once(score, chunk)
+                    found = _once(score, chunk, self.reads)
                 except Exception as error:
                     raise RuntimeError(
                         f"{self.name} failed in {name}, after {done} of {len(rows)} prompts: "
@@ -90,6 +109,7 @@ class Scorer:
             return work
 
         inputs = {"scorer": self.describe(), "responses": groups.digest}
+        inputs |= {"dtype": str(run.dtype)} if self.loads else {}
         return run.batches(name, inputs, batches, open, f"scoring with {self.name}")
 
     def _checked(self, row: Row, scores: Sequence[float]) -> Row:
@@ -104,25 +124,41 @@ class Scorer:
         return {"id": row["id"], "scores": [float(score) for score in scores]}
 
 
-def _once(score: Score, groups: Sequence[Row]) -> list[list[float]]:
+def _once(score: Score, groups: Sequence[Row], reads: str) -> list[list[float]]:
     """The scores of groups whose equal responses are shown once."""
-    shown, places = [], []
-    for group in groups:
-        by_text: dict[str, int] = {}
-        different: list[Row] = []
-        for response in group["responses"]:
-            if response["text"] not in by_text:
-                by_text[response["text"]] = len(different)
-                different.append(response)
-        shown.append({**group, "responses": different})
-        places.append([by_text[response["text"]] for response in group["responses"]])
+    shown, places = distinct(groups, reads)
     filled = [group for group in shown if group["responses"]]
     found = score(filled) if filled else []
     if [len(own) for own in found] != [len(group["responses"]) for group in filled]:
         raise ValueError("the scorer did not return one number for each response")
     own = iter(found)
     scores = [next(own) if group["responses"] else [] for group in shown]
-    return [[values[i] for i in place] for values, place in zip(scores, places, strict=True)]
+    return spread(scores, places)
+
+
+def distinct(groups: Sequence[Row], reads: str) -> tuple[list[Row], list[list[int]]]:
+    """Groups with the first of their equal responses alone.
+
+    Args:
+        groups: Rows with ``responses``.
+        reads: What is compared, ``"text"`` or ``"ids"``.
+
+    Returns:
+        The groups, and for each response of each group the number of its equal there.
+    """
+    shown, places = [], []
+    for group in groups:
+        numbers: dict[tuple[Any, ...], int] = {}
+        place = [numbers.setdefault(tuple(r[reads]), len(numbers)) for r in group["responses"]]
+        first = [place.index(number) for number in range(len(numbers))]
+        shown.append({**group, "responses": [group["responses"][i] for i in first]})
+        places.append(place)
+    return shown, places
+
+
+def spread(values: Iterable[Sequence[float]], places: Sequence[Sequence[int]]) -> list[list[float]]:
+    """A number for each response from those of :func:`distinct` ones."""
+    return [[own[i] for i in place] for own, place in zip(values, places, strict=True)]
 
 
 def described(function: Any) -> dict[str, str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from fastpref.named import find
 from fastpref.rounds.people import People
 from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.reward_models import Ranker, RewardModel
-from fastpref.rounds.run import Policy, Row, Rows, Run, policy_of
-from fastpref.rounds.scorer import Score, Scorer, described
+from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows, policy_of
+from fastpref.rounds.scorer import Score, Scorer, described, distinct, spread
 
 
 @dataclass
@@ -68,15 +69,19 @@ class Length(Scorer):
         if self.unit not in ("tokens", "characters"):
             raise ValueError(f"length: unit must be 'tokens' or 'characters', got {self.unit!r}")
 
+    @property
+    def reads(self) -> str:
+        """Texts, or token ids: equal texts may have been made of different numbers of them."""
+        return "ids" if self.unit == "tokens" else "text"
+
     def describe(self) -> dict[str, Any]:
         """Unit and factor."""
         return {"kind": self.kind, "unit": self.unit, "per_unit": self.per_unit}
 
     def open(self, run: Run) -> Score:
         """Lengths."""
-        column = "ids" if self.unit == "tokens" else "text"
         return lambda groups: [
-            [self.per_unit * len(r[column]) for r in group["responses"]] for group in groups
+            [self.per_unit * len(r[self.reads]) for r in group["responses"]] for group in groups
         ]
 
 
@@ -105,22 +110,34 @@ class Implicit(Scorer):
         """The implicit reward."""
         return "implicit reward"
 
-    def score(self, run: Run, name: str, groups: Rows) -> Rows:
-        """See :meth:`Scorer.score`; one policy is in memory at a time."""
-        new = log_likelihoods(run, f"{name}/policy", _policy(self.policy), groups)
+    @property
+    def reads(self) -> str:
+        """Token ids."""
+        return "ids"
+
+    def make(self, run: Run, name: str, groups: Rows) -> Rows:
+        """See :meth:`Scorer.make`; one policy is in memory at a time."""
+        different, places = distinct(groups.rows, self.reads)
+        shown = given_rows(different)
+        new = log_likelihoods(run, f"{name}/policy", _policy(self.policy), shown)
         old = new
         if _policy(self.reference).digest != _policy(self.policy).digest:
-            old = log_likelihoods(run, f"{name}/reference", _policy(self.reference), groups)
+            old = log_likelihoods(run, f"{name}/reference", _policy(self.reference), shown)
 
         def subtract() -> list[Row]:
-            return [
-                self._checked(
-                    row, [self.beta * (a - b) for a, b in zip(p["logps"], q["logps"], strict=True)]
-                )
-                for row, p, q in zip(groups, new, old, strict=True)
+            found = [
+                [self.beta * (a - b) for a, b in zip(p["logps"], q["logps"], strict=True)]
+                for p, q in zip(new, old, strict=True)
             ]
+            scores = spread(found, places)
+            return [self._checked(row, own) for row, own in zip(groups, scores, strict=True)]
 
-        inputs = {"policy": new.digest, "reference": old.digest, "beta": self.beta}
+        inputs = {
+            "responses": groups.digest,
+            "policy": new.digest,
+            "reference": old.digest,
+            "beta": self.beta,
+        }
         return run.table(f"{name}/difference", inputs, subtract)
 
 
@@ -149,8 +166,8 @@ class Weighted(Scorer):
         """The sum, written out."""
         return " + ".join(f"{weight:g} {scorer.name}" for scorer, weight in self.parts)
 
-    def score(self, run: Run, name: str, groups: Rows) -> Rows:
-        """See :meth:`Scorer.score`."""
+    def make(self, run: Run, name: str, groups: Rows) -> Rows:
+        """See :meth:`Scorer.make`."""
         parts = [
             scorer.score(run, f"{name}/part-{number}", groups)
             for number, (scorer, _) in enumerate(self.parts, 1)
@@ -185,10 +202,10 @@ def make_scorer(given: Any) -> Scorer:
 
     Args:
         given: A :class:`Scorer`; a function, or ``"module:name"``; ``{"kind": ..., options}``; or a
-            list of these, each dict with a ``weight``: their weighted sum.
+            list of these, whose dicts may have a ``weight``, 1 without: their weighted sum.
 
     Raises:
-        ValueError: the kind is unknown, or an option is missing or unknown.
+        ValueError: the kind is unknown, an option is missing or unknown, or a weight no number.
         TypeError: ``given`` is nothing of the kind.
     """
     if isinstance(given, Scorer):
@@ -196,14 +213,7 @@ def make_scorer(given: Any) -> Scorer:
     if callable(given) or (isinstance(given, str) and ":" in given):
         return Function(given)
     if isinstance(given, (list, tuple)) and given:
-        parts = []
-        for one in given:
-            options = (
-                dict(one) if isinstance(one, Mapping) else {"kind": "function", "function": one}
-            )
-            weight = float(options.pop("weight", 1.0))
-            parts.append((make_scorer(options), weight))
-        return Weighted(parts)
+        return Weighted([_part(one) for one in given])
     if not isinstance(given, Mapping):
         raise TypeError(
             f"scorer: expected a function, 'module:name', or kind and options, got {given!r}"
@@ -220,6 +230,17 @@ def make_scorer(given: Any) -> Scorer:
         return kind(**options)  # type: ignore[no-any-return]
     except TypeError as error:
         raise ValueError(f"scorer {kind.kind!r}: {error}") from error
+
+
+def _part(given: Any) -> tuple[Scorer, float]:
+    """A part of a weighted sum, and its weight."""
+    if not isinstance(given, Mapping):
+        return make_scorer(given), 1.0
+    options = dict(given)
+    weight = options.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
+        raise ValueError(f"scorer: weight must be a finite number, got {weight!r} in {given!r}")
+    return make_scorer(options), float(weight)
 
 
 def _policy(given: Any) -> Policy:

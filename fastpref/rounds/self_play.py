@@ -95,7 +95,7 @@ class Opponent:
         """See the class."""
         self.average = twin(model)
         self.tokenizer, self.options, self.seed = tokenizer, options, seed
-        self.ends = ends(tokenizer, model)
+        self.ends = ends(tokenizer, getattr(model, "generation_config", None))
         self.buffer: ReplayBuffer[Row] = ReplayBuffer(options.buffer_capacity)
         self.tally = {"made": 0, "cut": 0, "unchanged": 0}
         """Of all negatives so far: how many, ended within the segment, equal to the chosen one."""
@@ -307,6 +307,15 @@ class SelfPlayTrainer(PreferenceTrainer):
     def _row(self, number: int) -> Row:
         row: Row = self.train_dataset[self._places[number]]
         return row
+
+    def drawn(self) -> list[Row]:
+        """The pairs in the buffer that were trained on, as token ids, oldest first."""
+        buffer = self.opponent.buffer
+        return [
+            {**self._row(item["example_ids"]), "rejected_ids": item["rejected_ids"]}
+            for item, count in zip(buffer.items, buffer.counts, strict=True)
+            if count
+        ]
 
     def readable(self) -> list[Row]:
         """The pairs in the buffer as text, oldest first, with the number of times they were drawn.

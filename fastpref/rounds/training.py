@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastpref import checkpoint
+from fastpref import checkpoint, losses
 from fastpref.config import PreferenceConfig
 from fastpref.data.rows import Limits
 from fastpref.recorder import draw_run, record, resolved
@@ -25,7 +26,7 @@ from fastpref.trainer import PreferenceTrainer
 
 logger = logging.getLogger("fastpref")
 
-MODEL, TRAINER = "model", "trainer"
+MODEL, TRAINER, PAIRS = "model", "trainer", "pairs.json"
 
 SILENT = frozenset(
     "logging_steps logging_first_step logging_strategy save_steps save_strategy save_total_limit "
@@ -68,11 +69,19 @@ class Loss:
         name: A loss of :mod:`fastpref.losses`.
         beta: Strength of the reference.
         arguments: More hyper-parameters.
+
+    Raises:
+        ValueError: there is no such loss, or a value is out of its range.
+        TypeError: it has no such hyper-parameter.
     """
 
     name: str
     beta: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        losses.combine(self.name, args={self.name: self.arguments}, beta=self.beta)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,11 @@ class Training:
             if name in OURS:
                 raise ValueError(f"training.{name} cannot be set: {OURS[name]}")
 
+    def limits(self) -> Limits:
+        """How long prompts and responses may be, in tokens; what is longer is cut."""
+        names = {f.name for f in fields(Limits)} & {f.name for f in fields(PreferenceConfig)}
+        return Limits(**{n: self.options.get(n, getattr(PreferenceConfig, n)) for n in names})
+
     def describe(self) -> dict[str, Any]:
         """What the trained weights depend on, as flat values."""
         given = {k: v for k, v in self.options.items() if k not in SILENT}
@@ -105,6 +119,16 @@ class Training:
 
 
 Build = Callable[..., PreferenceTrainer]
+PairsOf = Callable[[Any], Iterable[Row]]
+"""A trainer that has trained in; what it trained on out: rows with the ids of its responses."""
+
+
+def of_dataset(trainer: PreferenceTrainer) -> Iterable[Row]:
+    """The responses of a trainer's dataset, as they were cut."""
+    wanted = ("chosen_ids", "rejected_ids", "completion_ids", "label")
+    found = [name for name in wanted if name in trainer.train_dataset.column_names]
+    rows: Iterable[Row] = trainer.train_dataset.select_columns(found)
+    return rows
 
 
 def train(
@@ -117,6 +141,7 @@ def train(
     loss: Loss,
     training: Training,
     build: Build = PreferenceTrainer,
+    pairs_of: PairsOf = of_dataset,
     extra: Mapping[str, Any] | None = None,
     draw: str | None = None,
 ) -> Policy:
@@ -135,12 +160,14 @@ def train(
         loss: What to minimise.
         training: How.
         build: Makes the trainer, with :class:`fastpref.PreferenceTrainer`'s arguments.
+        pairs_of: Says what it trained on.
         extra: More that the result depends on.
         draw: What the seed comes from, beside the run's: stages with the same one see their pairs
             in the same order; None: the stage's name.
 
     Returns:
-        The policy. Beside it the folder holds the trainer's metrics, curves and config.
+        The policy. Beside it the folder holds the trainer's metrics, curves and config, and in
+        ``pairs.json`` what was trained on, for :func:`fastpref.rounds.evaluation.trained_on`.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; what was trained is kept.
@@ -188,11 +215,33 @@ def train(
                 f"stopped in {name}; what was done is kept, and the same command goes on"
             ) from None
         draw_run(folder / TRAINER)
+        checkpoint.write_json(folder / PAIRS, _lengths(run, trainer, pairs_of(trainer)))
         _write_policy(run, trainer, folder)
 
     folder = run.stage(name, inputs, make)
     manifest = checkpoint.manifest(folder) or {}
     return Policy(str(folder / MODEL), manifest["digest"])
+
+
+def _lengths(run: Run, trainer: PreferenceTrainer, rows: Iterable[Row]) -> Row:
+    """Lengths of the responses that were trained on, and what became of the others."""
+    paired, ids = True, {"chosen": list[list[int]](), "rejected": list[list[int]]()}
+    for row in rows:
+        if "label" in row:  # a loss of single examples, which came in pairs
+            paired = False
+            ids["chosen" if row["label"] else "rejected"].append(row["completion_ids"])
+        else:
+            for side, found in ids.items():
+                found.append(row[f"{side}_ids"])
+    report = trainer.data_reports["train"]
+    decode = partial(run.tokenizer.batch_decode, skip_special_tokens=True)
+    return {
+        "paired": paired,
+        "left_out": report.dropped,
+        "notes": report.notes,
+        "tokens": {side: list(map(len, found)) for side, found in ids.items()},
+        "characters": {side: list(map(len, decode(found))) for side, found in ids.items()},
+    }
 
 
 def _columns(row: Row) -> Row:
@@ -283,13 +332,12 @@ def uncut(examples: Rows, training: Training) -> Rows:
         training: How they are trained on.
 
     Returns:
-        The rows left; the log says how many are not.
+        The rows left; the log says how many are not, and ``left_out`` of the result.
 
     Raises:
         ValueError: none is left.
     """
-    names = {f.name for f in fields(Limits)} & {f.name for f in fields(PreferenceConfig)}
-    limits = Limits(**{n: training.options.get(n, getattr(PreferenceConfig, n)) for n in names})
+    limits = training.limits()
 
     def whole(row: Row) -> bool:
         prompt, lengths = len(row["prompt_ids"]), [len(r["ids"]) for r in row["responses"]]
@@ -308,7 +356,8 @@ def uncut(examples: Rows, training: Training) -> Rows:
             len(examples) - len(kept),
             len(kept),
         )
-    return given_rows(kept)
+    cut = {"longer than training reads": len(examples) - len(kept)}
+    return given_rows(kept, {**examples.left_out, **cut})
 
 
 def pick_device(use_cpu: bool) -> torch.device:

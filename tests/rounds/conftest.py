@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
 import runpy
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-import fastpref
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [f"w{i}" for i in range(12)]
@@ -106,33 +103,38 @@ def other_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def stopped_and_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, str, str, Callable[[Path], None]], list[Path]]:
+def stopped_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Path]]:
     """Runs a script killed and gone on with, and the same in one go; the folders of both.
 
-    The script is given this folder, a folder with a policy, and a word: ``kill`` has it kill itself
-    with SIGKILL, ``live`` does not. ``killed`` is called with the folder after that.
+    The script is given this folder, a folder with a policy, and a word. Each of ``kills`` has it
+    kill itself with SIGKILL in a process of its own, one after the other in one folder; ``live``
+    does not. ``killed`` is called with the folder and the word after each kill.
     """
+    # Forked from a process that has all imported: a fresh interpreter takes seconds to get there.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["fastpref.trainer", "transformers.models.llama", "datasets"])
 
     def play(
-        source: str, kill: str, live: str, killed: Callable[[Path], None] = lambda folder: None
+        source: str,
+        kills: Sequence[str],
+        live: str,
+        killed: Callable[[Path, str], None] = lambda folder, kill: None,
     ) -> list[Path]:
         script = tmp_path / "killed.py"
         script.write_text(source)
         folders = [tmp_path / "stopped", tmp_path / "whole"]
+        monkeypatch.setattr(sys, "path", list(sys.path))
         for folder in folders:
             save_policy(folder / "policy")
             arguments = [str(script), str(Path(__file__).parent), str(folder)]
-            if folder.name == "stopped":
-                path = str(Path(fastpref.__file__).parents[1])
-                env = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-                command = [sys.executable, *arguments, kill]
-                done = subprocess.run(command, env=env, capture_output=True, timeout=180)
-                assert done.returncode == -9, done.stderr.decode()
-                killed(folder)
+            for kill in kills if folder.name == "stopped" else ():
+                monkeypatch.setattr(sys, "argv", [*arguments, kill])
+                process = processes.Process(target=runpy.run_path, args=(str(script),))
+                process.start()
+                process.join(180)
+                assert process.exitcode == -9, f"{kill}: ended with {process.exitcode}"
+                killed(folder, kill)
             monkeypatch.setattr(sys, "argv", [*arguments, live])
-            monkeypatch.setattr(sys, "path", list(sys.path))
             runpy.run_path(str(script))
         return folders
 

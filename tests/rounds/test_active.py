@@ -138,7 +138,7 @@ def test_each_round_trains_from_the_start_on_all_labels(hybrid: Any) -> None:
         inputs = json.loads((folder / "train" / "inputs.json").read_text())
         assert inputs["start"] == inputs["reference"] == policy_of(start).digest
         pairs += [row for row in table(folder, "pairs") if not row.get("dropped")]
-        assert report["pairs"]["trained_on"] == len(pairs)
+        assert report["trained_on"]["pairs"] == len(pairs)
         assert report["training"]["labels"] == 6 * number
     asked = [row["id"] for k in (1, 2) for row in table(made.folder / f"round-{k}", "pairs")]
     assert len(set(asked)) == len(asked) == 12
@@ -170,7 +170,7 @@ def test_a_later_round_of_ties_trains_on_the_labels_before(
 
     made = active(options, make, oracle=tires, acquisition="random").run()
     assert [r["pairs"]["made"] for r in made.reports] == [6, 0]
-    assert [r["pairs"]["trained_on"] for r in made.reports] == [6, 6]
+    assert [r["trained_on"]["pairs"] for r in made.reports] == [6, 6]
     assert made.reports[1]["training"]["labels"] == 12
     assert "round-2: all 6 labels are ties" in caplog.text
 
@@ -351,7 +351,7 @@ def test_a_killed_run_ends_with_the_same_labels_and_weights(
     stopped_and_whole: Callable[..., list[Path]],
 ) -> None:
     found = []
-    for folder in stopped_and_whole(KILLED, "kill", "live"):
+    for folder in stopped_and_whole(KILLED, ["kill"], "live"):
         last = folder / "run" / "round-2"
         weights = load_file(last / "train" / "model" / "model.safetensors")
         found.append((table(last, "pairs"), table(last, "labels"), weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,42 @@ def test_a_foreign_reference_moves_mrpo_no_further_than_the_trust_region(
     assert (slope.abs() <= 0.1).all()
 
 
-def test_the_page_of_experiments_is_made_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "recipes"))
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of the benchmarks can be imported, and are forgotten again."""
+    for folder in (ROOT / "benchmarks", ROOT / "benchmarks" / "recipes"):
+        monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_pages_of_recipes_are_made_of_their_rows() -> None:
+    import tables
     import toy
 
     rows = toy.read(toy.RESULTS)
     for name in toy.EXPERIMENTS:
         assert len({row["seed"] for row in rows if row["experiment"] == name}) >= 5, name
-    text = toy.PAGE.read_text()
-    assert toy.page(text, rows) == text, "python benchmarks/recipes/toy.py --table"
-    for module in ("toy", "experiments", "iterated", "claims", "world"):
-        sys.modules.pop(module, None)
+    pages = [(page, made) for page, made in tables.pages() if page.parent.name == "recipes"]
+    assert [page.name for page, _ in pages] == ["experiments.md", "real-runs.md"]
+    for page, made in pages:
+        text = page.read_text()
+        assert made(text) == text, "python benchmarks/tables.py"
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_toy_policy_samples_what_it_scores() -> None:
+    """Greedy answers, made token by token, are the likeliest next tokens of a pass over all."""
+    import world
+
+    w = world.World(0)
+    prompts = w.prompts(32)
+    answers = world.sample(w.start, prompts, 1, w.draw, greedy=True)[:, 0]
+    hidden, _ = w.start(torch.cat([prompts, answers.clamp(min=0)], 1)[:, :-1])
+    likeliest = (hidden[:, world.PROMPT - 1 :] @ w.start.head.T + w.start.bias).argmax(-1)
+    assert ((likeliest == answers) | (answers == world.PAD)).all()
+    assert (world.lengths(answers) < world.LONGEST).any()

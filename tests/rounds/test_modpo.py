@@ -97,7 +97,14 @@ def test_three_objectives_make_a_front(options: Options, make: Any) -> None:
             assert row["objectives"][objective][0] == pytest.approx(sum(values) / 4)
     assert rows[0]["kl"] == [0, 0, 0]
     text = (made.folder / "front.md").read_text()
-    assert text.startswith("| policy | talk [95 %] | length [95 %] | gold [95 %] | KL, nats")
+    heads = text.splitlines()[0].split(" | ")
+    assert heads[:4] == ["| policy", "talk [95 %]", "length [95 %]", "gold [95 %]"]
+    assert heads[4].startswith("win rate (")
+    assert heads[5:] == ["length-controlled", "KL, nats", "tokens", "front |"]
+    tokens = [[len(r["ids"]) for r in row["responses"]] for row in trained]
+    gap = sum(a - b for a, b in tokens) / len(tokens)
+    assert all(row["trained_on"]["gap_tokens"][0] == pytest.approx(gap) for row in rows[1:])
+    assert f"trained on: {len(tokens)} pairs\nchosen - rejected, tokens: {gap:+.1f} [" in text
     assert (made.folder / "front.png").stat().st_size > 1000
     assert not list(made.folder.glob("*.tmp"))
 

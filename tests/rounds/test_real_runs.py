@@ -54,7 +54,7 @@ def test_a_row_holds_what_the_reports_say(row: dict[str, Any]) -> None:
     for number, report in enumerate(row["rounds"], 1):
         assert report["held_out"]["reward"] == list(mean(row["rewards"][number], DRAWS))
         assert report["held_out"]["reward_before"][0] == mean(row["rewards"][number - 1]).value
-        assert report["pairs"]["trained_on"] > report["pairs"]["made"] // 2
+        assert report["trained_on"]["pairs"] > report["pairs"]["made"] // 2
     assert row["seconds"] > 0
     assert {"device", "versions", "commit", "command"} <= set(row)
     assert "| dice | 0 | 2 |" in real_table.by_round([row])

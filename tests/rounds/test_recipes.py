@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fastpref import PreferenceConfig, PreferenceTrainer, rounds
 from fastpref.rounds.command import main, read_config
 from fastpref.rounds.recipes.sdpo import cut, hold_out
-from fastpref.rounds.run import read_jsonl, seed_of
+from fastpref.rounds.run import given_rows, read_jsonl, seed_of
 
 Options = Callable[..., dict[str, Any]]
 SAMPLING = {"n": 4, "max_new_tokens": 6}
@@ -74,6 +74,7 @@ def test_sdpo_starts_each_stage_at_ln_2_and_ignores_stored_references(
     for report in made.reports:
         assert report["training"]["first loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert "gamma_ref is of" not in report["training"]
+        assert {"kl", "tokens"} <= set(report["held_out"])
     assert [r["training"]["pairs"] for r in made.reports] == [8, 8]
 
 
@@ -101,20 +102,37 @@ def test_one_stage_of_sdpo_is_dpo(options: Options, make: Any, tmp_path: Path) -
 
 
 def test_a_prompt_held_out_of_one_stage_is_out_of_all() -> None:
-    def rows(source: str) -> list[dict[str, str]]:
-        return [{"prompt": f"p{i}", "chosen": source, "rejected": "b"} for i in range(6)]
+    def rows(source: str) -> Any:
+        return given_rows(
+            [{"prompt": f"p{i}", "chosen": source, "rejected": "b"} for i in range(6)], {"long": 2}
+        )
 
     left, out = hold_out([("a", rows("a")), ("b", rows("b"))], 3, seed=1)
     prompts = {row["prompt"] for row in out}
     assert len(out) == 3
     assert not prompts & {row["prompt"] for _, own in left for row in own}
     assert [len(own) for _, own in left] == [6 - len(prompts)] * 2
-    # where prompt and response are one conversation, what they share is the prompt
-    turns = [{"role": "user", "content": "p0"}]
-    said = [[*turns, {"role": "assistant", "content": text}] for text in "ab"]
-    implicit = {"chosen": said[0], "rejected": said[1]}
-    (kept, _), held = hold_out([("a", [implicit] * 2 + rows("a")), ("b", rows("b"))], 1, seed=4)
-    assert all(row not in held for row in kept[1])
+    assert [own.left_out for _, own in left] == [{"long": 2}] * 2
+
+
+def test_where_prompt_and_response_are_one_dialogue_what_they_share_is_held_out(
+    options: Options, make: Any, tmp_path: Path
+) -> None:
+    tokenizer = make.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' </s>' }}{% endfor %}"
+    path = make.policy(tmp_path / "policy")
+    tokenizer.save_pretrained(path)
+
+    def dialogue(row: dict[str, str], side: str) -> list[dict[str, str]]:
+        parts = zip(("user", "assistant"), (row["prompt"], row[side]))
+        return [{"role": role, "content": content} for role, content in parts]
+
+    sides = ("chosen", "rejected")
+    data = [{side: dialogue(row, side) for side in sides} for row in make.pairs(6)]
+    made = rounds.SDPO(
+        **options(dataset={"a": data, "b": data}, model=path, held_out=2, stages="source")
+    ).run()
+    assert [r["training"]["pairs"] for r in made.reports] == [4, 4]
 
 
 def test_dice_closes_the_gap_and_mixes_as_asked(
@@ -134,8 +152,8 @@ def test_dice_closes_the_gap_and_mixes_as_asked(
     shown = report["training"]
     without, gap = shown["gap without it, characters"], shown["gap with it, characters"]
     assert abs(gap) <= abs(without)
-    assert report["pairs"]["gap_characters"] == pytest.approx(gap, abs=2.0)
-    assert report["pairs"]["trained_on"] == 12
+    assert report["pairs"]["gap_characters"][0] == pytest.approx(gap, abs=2.0)
+    assert report["trained_on"]["pairs"] == 12
 
 
 def test_options_that_are_left_out_are_the_recipes_own(

@@ -351,12 +351,20 @@ def test_the_recipe_counts_what_it_drops_and_shows_its_negatives(
     assert "1 pairs are longer than training reads" in caplog.text
     (report,) = made.reports
     shown = report["training"]
-    assert (shown["examples"], shown["  dropped: the chosen response is empty"]) == (14, 1)
+    assert shown["examples"] == 14
+    assert report["left_out"] == {
+        "longer than training reads": 1,
+        "the chosen response is empty": 1,
+    }
     assert shown["first loss"] == pytest.approx(0.693147, abs=1e-6)
     assert (shown["negatives/made"], shown["buffer/size"], shown["buffer/draws"]) == (8, 8, 1.0)
     negatives = read_jsonl(made.folder / "round-1" / "train" / "trainer" / "negatives.jsonl")
     assert len(negatives) == 8
     assert sum(row["drawn"] for row in negatives) == 8
+    drawn = [row for row in negatives if row["drawn"]]
+    assert report["trained_on"]["pairs"] == len(drawn)
+    gaps = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in drawn]
+    assert report["trained_on"]["gap_tokens"][0] == pytest.approx(sum(gaps) / len(gaps))
     assert {"prompt", "chosen", "rejected", "start", "length"} <= set(negatives[0])
     assert {"win_rate", "kl"} <= set(report["held_out"])
 
@@ -395,12 +403,12 @@ self_play.Opponent.play = play
 def test_a_killed_run_ends_with_the_same_weights_and_buffer(
     stopped_and_whole: Callable[..., list[Path]],
 ) -> None:
-    def killed(folder: Path) -> None:
+    def killed(folder: Path, kill: str) -> None:
         stage = folder / "run" / "round-1" / "train.partial"
         assert (stage / "trainer" / "checkpoint-3").is_dir()
 
     found = []
-    for whole in stopped_and_whole(KILLED, "3", "-1", killed):
+    for whole in stopped_and_whole(KILLED, ["3"], "-1", killed):
         folder = whole / "run" / "round-1" / "train"
         losses = [row.get("loss") for row in read_jsonl(folder / "trainer" / "metrics.jsonl")]
         tables = [read_jsonl(folder / "trainer" / "negatives.jsonl"), losses]

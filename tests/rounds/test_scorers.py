@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClas
 
 from fastpref import rounds
 from fastpref.rounds.evaluation import Evaluator
-from fastpref.rounds.reward_models import reward_text
+from fastpref.rounds.reward_models import reward_ids
 from fastpref.rounds.run import Run, given_rows, policy_of, read_jsonl
 from fastpref.rounds.scorer import described
 from fastpref.rounds.winrate import win_rate
@@ -74,10 +74,12 @@ def test_a_reward_model_scores_as_its_own_output(run: Run, make: Any, tmp_path: 
 def test_a_reward_model_reads_messages_by_its_chat_template(make: Any) -> None:
     tokenizer = make.tokenizer()
     said = [{"role": "user", "content": "w1"}]
-    assert reward_text(tokenizer, said, " w2") == "w1 w2"
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
-    assert reward_text(tokenizer, said, "w2") == "<user>w1;<assistant>w2;"
-    assert reward_text(tokenizer, "w1 ", "w2") == "w1 w2"
+    plain = tokenizer("w1 w2")["input_ids"]
+    assert reward_ids(tokenizer, said, " w2") == plain
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content }} w3 {% endfor %}"
+    rendered = tokenizer("w9 w1 w3 w9 w2 w3", add_special_tokens=False)["input_ids"]
+    assert reward_ids(tokenizer, said, "w2") == rendered
+    assert reward_ids(tokenizer, "w1 ", "w2") == plain
 
 
 @pytest.mark.parametrize(

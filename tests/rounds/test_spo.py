@@ -225,6 +225,7 @@ def test_each_round_reports_every_dimension_on_pairs_kept_out(
     whole: Any, kept: Any, policy: str, make: Any
 ) -> None:
     assert [report["training"]["dimension"] for report in whole.reports] == list(NAMES)
+    assert all({"kl", "tokens"} <= set(report["held_out"]) for report in whole.reports)
     for report, made in zip(whole.reports, whole.policies.values()):
         for name, data in kept.items():
             rows = pairs(make, data)

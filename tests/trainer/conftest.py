@@ -66,6 +66,14 @@ def make_pairs(count: int = 12, seed: int = 0, **columns: Any) -> Dataset:
     return Dataset.from_list([{**row, **columns} for row in rows])
 
 
+def sketch(tensors: list[torch.Tensor]) -> list[float]:
+    """Four numbers that differ if any of the tensors does."""
+    flat = torch.cat([x.detach().flatten() for x in tensors])
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.randn(3, len(flat), generator=draw, dtype=torch.float64)
+    return [flat.norm().item(), *(directions @ flat).tolist()]
+
+
 def load_script(name: str) -> Any:
     """The module ``name.py`` of this folder, which is no package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))

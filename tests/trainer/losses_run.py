@@ -82,21 +82,13 @@ def trainer_of(name: str, folder: Path, **given: Any) -> PreferenceTrainer:
     )
 
 
-def sketch(tensors: list[torch.Tensor]) -> list[float]:
-    """Four numbers that differ if any of the tensors does."""
-    flat = torch.cat([x.detach().flatten() for x in tensors])
-    draw = torch.Generator().manual_seed(0)
-    directions = torch.randn(3, len(flat), generator=draw, dtype=torch.float64)
-    return [flat.norm().item(), *(directions @ flat).tolist()]
-
-
 def trained(name: str, folder: Path) -> dict[str, Any]:
     """Weights, losses and the loss's memory after three steps."""
     trainer = trainer_of(name, folder, **TRAINED[name])
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return {
-        "weights": sketch(list(trainer.model.parameters())),
+        "weights": makers.sketch(list(trainer.model.parameters())),
         "logs": [[log[key] for key in ("loss", "rewards/margins")] for log in logs],
         "memory": trainer.combined.state_dict(),
     }
@@ -117,7 +109,7 @@ def split(name: str, folder: Path) -> list[float]:
     for gradient in gradients if RANKS > 1 else ():
         dist.all_reduce(gradient)
         gradient /= RANKS  # as DDP does
-    return sketch(gradients)
+    return makers.sketch(gradients)
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -62,6 +62,45 @@ def run(folder: Path) -> dict[str, Any]:
     }
 
 
+def updates(folder: Path) -> dict[str, list[float]]:
+    """What one step of plain gradient descent on eight pairs changes, however they are divided into
+    pairs a micro-batch and micro-batches a rank, and laid out."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    found = {}
+    for size, windows in ((2, 2),) if ranks > 1 else ((8, 1), (4, 2)):
+        for layout in ({}, {"prefix_sharing": False}, {"packing": False}):
+            config = PreferenceConfig(
+                output_dir=str(folder / "updates"),
+                beta=0.5,
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=windows,
+                # Adam and clipping would hide a wrong scale.
+                optim="sgd",
+                max_grad_norm=0.0,
+                learning_rate=1.0,
+                lr_scheduler_type="constant",
+                save_strategy="no",
+                self_check=False,
+                use_cpu=True,
+                disable_tqdm=True,
+                ddp_backend="gloo" if ranks > 1 else None,
+                **layout,
+            )
+            trainer = PreferenceTrainer(
+                makers.make_model().double(),
+                makers.make_model(1).double(),
+                args=config,
+                train_dataset=makers.make_pairs(8),
+                processing_class=makers.make_tokenizer(),
+            )
+            trainer.train()
+            before = makers.make_model().double().parameters()
+            changes = [p - q for p, q in zip(trainer.model.parameters(), before, strict=True)]
+            found[f"{ranks} x {windows} x {size} {layout}"] = makers.sketch(changes)
+    return found
+
+
 def sharded() -> list[float]:
     """Largest errors of log-probabilities and gradients of a model under FSDP2, whose head is
     gathered for its own forward and freed after it."""
@@ -89,6 +128,7 @@ def sharded() -> list[float]:
 
 if __name__ == "__main__":
     result = run(Path(sys.argv[1]))
+    result["updates"] = updates(Path(sys.argv[1]))
     result["sharded"] = sharded()
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[1], "result.json").write_text(json.dumps(result))

@@ -20,8 +20,9 @@ from fastpref import (
     PreferenceConfig,
     PreferenceTrainer,
 )
+from fastpref.options import ModelArguments
 from fastpref.reference_policy import AdapterOff, Frozen
-from fastpref.train import ModelArguments, lora
+from fastpref.train import lora
 
 Options = Callable[..., dict[str, Any]]
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fastpref import DPOConfig, DPOTrainer, stopwatch
+from fastpref import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, stopwatch
 from fastpref.metrics import Meter, accuracy_by_length
 from fastpref.stopwatch import Stopwatch
 
@@ -46,7 +50,7 @@ def test_accuracy_by_length_and_kl(make: Any, evaluated: tuple[Any, dict[str, fl
                 for model in (policy, base)
             )
             ratios.append(float((own - ref).sum()))
-            gaps += [(ref - own).exp() - 1 - (ref - own)]
+            gaps += [(ref - own).square() / 2]
         longer = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         wins.setdefault("1-32" if longer <= 32 else "33-64", []).append(ratios[0] > ratios[1])
     assert found["eval_kl"] == pytest.approx(float(torch.cat(gaps).mean()), rel=1e-4)
@@ -185,3 +189,25 @@ def test_the_balancing_loss_of_experts_is_added_and_logged(
     assert aux > 0.5
     for log, weight in ((own, 0.5), (more, 2.0)):
         assert log["eval_loss"] == pytest.approx(none["eval_loss"] + weight * aux, abs=1e-5)
+
+
+def test_a_log_without_a_kind_of_response_has_no_number_for_it(
+    make: Any, tokenizer: Any, options: Options, tmp_path: Path
+) -> None:
+    """KTO's rejected responses, of a step that has none: NaN, and null in ``metrics.jsonl``."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": i < 4 or i % 2 == 0}
+        for i, row in enumerate(make.pairs(8))
+    ]
+    args = KTOConfig(**options(max_steps=2, train_sampling_strategy="sequential"))
+    trainer = KTOTrainer(
+        make.model(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    first, second = (line for line in lines if "loss" in line)
+    none = {f"{name}/rejected" for name in ("rewards", "logps", "logits", "len")}
+    assert {key for key, value in first.items() if value is None} == none | {"rewards/margins"}
+    assert set(first) == set(second)
+    assert None not in second.values()
+    assert math.isnan(trainer.state.log_history[0]["rewards/margins"])

@@ -15,6 +15,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastpref import PreferenceConfig, PreferenceTrainer
+from fastpref.options import parse
+from fastpref.train import make_trainer
 
 Options = Callable[..., dict[str, Any]]
 
@@ -64,3 +66,26 @@ def test_as_the_same_weights_written_out(
         assert losses_of(trainer)[2:] == runs[-1][2:]
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
     assert runs[0][-1] != pytest.approx(runs[0][0], abs=1e-3)
+
+
+def test_by_flags_of_the_command(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """The layers are of the kind that was asked for, and the adapter on them trains."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    make.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    make.pairs(8).to_json(tmp_path / "pairs.jsonl")
+    words = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "pairs.jsonl")]
+    words += ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--load_in_4bit"]
+    words += ["--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant", "--use_cpu", "true"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--logging_steps", "1"]
+    words += ["--save_strategy", "no", "--learning_rate", "1e-2", "--disable_tqdm", "true"]
+    trainer = make_trainer(*parse(words))
+    layers = [m for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 14
+    assert {layer.weight.quant_type for layer in layers} == {"fp4"}
+    assert all(layer.weight.quant_state.nested for layer in layers)
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert losses[-1] < losses[0] - 1e-3

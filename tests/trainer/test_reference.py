@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 from fastpref import DPOConfig, DPOTrainer, PreferenceConfig, PreferenceTrainer
+from fastpref.objective import make_examples, weigh
+from fastpref.policy import ResponseLogps
 from fastpref.reference_policy import AdapterOff, Frozen, Reference, Stored, Zero
 
 Options = Callable[..., dict[str, Any]]
+GOLDEN = json.loads((Path(__file__).parents[1] / "losses" / "golden.json").read_text())
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -182,6 +187,92 @@ def test_columns_of_sums(make: Any, tokenizer: Any, options: Options) -> None:
     config = DPOConfig(**options(ld_alpha=0.5))
     with pytest.raises(ValueError, match="ld_alpha weighs the reference's tokens"):
         DPOTrainer(make.model(), args=config, eval_dataset=stored, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["mrpo_k2", "mrpo_k3", "multi_dpo_k2"])
+def test_columns_of_several_references_give_the_golden_losses(
+    make: Any, tokenizer: Any, options: Options, name: str
+) -> None:
+    """Through dataset, trainer and collator; responses of one token, whose log-probability is that
+    of the golden case."""
+    case = GOLDEN[name]
+    count = len(case["inputs"]["ref_w"])
+    rows = {
+        "prompt_ids": [[1, 5 + i] for i in range(4)],
+        "chosen_ids": [[7]] * 4,
+        "rejected_ids": [[8]] * 4,
+        "ref_chosen_logps": [list(sums) for sums in zip(*case["inputs"]["ref_w"], strict=True)],
+        "ref_rejected_logps": [list(sums) for sums in zip(*case["inputs"]["ref_l"], strict=True)],
+    }
+    config = PreferenceConfig(**options(loss_type=name.rpartition("_")[0], beta=0.1))
+    trainer = PreferenceTrainer(
+        make.model(),
+        args=config,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    assert isinstance(trainer.reference, Stored)
+    assert trainer.reference.count == count
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    logps = torch.tensor([*case["inputs"]["lw"], *case["inputs"]["ll"]], dtype=torch.float64)
+    examples = make_examples(trainer.combined, batch, ResponseLogps(logps), None)
+    losses, _ = weigh(trainer.combined, examples, trainer.ranks, {}, update=False)
+    assert losses.tolist() == pytest.approx(case["outputs"]["losses"], abs=1e-6)
+    trainer.train()
+    assert math.isfinite(losses_of(trainer)[0])
+
+
+def test_columns_of_several_references_stand_in_for_the_models(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    """In training and evaluation, from a stream too; and of labelled responses."""
+    rows, models = make.pairs(4), [make.model(1), make.model(2)]
+    config = PreferenceConfig(**options(loss_type="mrpo", max_steps=2))
+    live = PreferenceTrainer(
+        make.model(),
+        models,
+        config,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    batch = live.data_collator(list(live.train_dataset))
+    logps, bounds = reference_logps(live), batch["cu_seqlens"].tolist()
+    sums = [logps[:, a:b].sum(1).tolist() for a, b in pairwise(bounds)]
+    stored = rows.add_column("ref_chosen_logps", sums[:4]).add_column(
+        "ref_rejected_logps", sums[4:]
+    )
+    live.train()
+    for data in (stored, stored.to_iterable_dataset()):
+        given = trained(make, tokenizer, config, data, eval_dataset={"held": data})
+        assert given.reference.count == 2
+        assert losses_of(given) == pytest.approx(losses_of(live), abs=1e-5)
+        found = given.evaluate()["eval_held_loss"]
+        assert found == pytest.approx(live.evaluate()["eval_loss"], abs=1e-5)
+
+
+def test_columns_of_references_that_do_not_go_together(
+    make: Any, tokenizer: Any, options: Options
+) -> None:
+    rows = make.pairs(4)
+
+    def build(chosen: Any, rejected: Any, **given: Any) -> None:
+        data = rows.add_column("ref_chosen_logps", [chosen] * 4)
+        data = data.add_column("ref_rejected_logps", [rejected] * 4)
+        args = PreferenceConfig(**options(loss_type="mrpo"))
+        given = {key: data if value is None else value for key, value in given.items()}
+        PreferenceTrainer(
+            make.model(), args=args, train_dataset=data, processing_class=tokenizer, **given
+        )
+
+    with pytest.raises(ValueError, match=r"different numbers of references: [^.]*2 in ref_chosen"):
+        build([-1.0, -2.0], [-1.0, -2.0, -3.0])
+    held = rows.add_column("ref_chosen_logps", [-1.0] * 4)
+    held = held.add_column("ref_rejected_logps", [-1.0] * 4)
+    with pytest.raises(ValueError, match=r"1 in ref_\w+_logps held"):
+        build([-1.0, -2.0], [-1.0, -2.0], eval_dataset={"held": held})
+    with pytest.raises(ValueError, match=r"mrpo needs .*several reference models.* The run has 1"):
+        build([-1.0], [-1.0])
 
 
 def test_none_and_zero(make: Any, tokenizer: Any, options: Options) -> None:

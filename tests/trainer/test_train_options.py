@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fastpref import PreferenceConfig, PreferenceTrainer, cli
-from fastpref.train import load_data, parse
+from fastpref.options import parse
+from fastpref.train import load_data
 
 
 @pytest.fixture

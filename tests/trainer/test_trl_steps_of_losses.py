@@ -73,6 +73,10 @@ def test_five_steps_log_the_same_losses(
     # The rewards that TRL logs for cpo's ipo are means; here ipo's are the sums that it has in dpo.
     rewards = [] if name == "cpo_ipo" else ["rewards/chosen", "rewards/margins"]
     rewards += ["rewards/accuracies"] if rewards and kind != "KTO" else []
+    # TRL leaves the likelihood uncounted where its weight is 0.
+    rewards += ["nll_loss"] if kind == "ORPO" or given.get("cpo_alpha", kind == "CPO") else []
+    rewards += ["log_odds_ratio", "log_odds_chosen"] if kind == "ORPO" else []
+    assert {key for log in logs[0] for key in log} <= set.intersection(*map(set, logs[1]))
     for key in ["loss", *rewards]:
         theirs, ours = ([log[key] for log in log_history] for log_history in logs)
         assert len(theirs) == 5

@@ -77,8 +77,7 @@ class Active(Sampled):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         rising = [0, *self.targets]
-        whole = all(isinstance(target, int) for target in rising)
-        if not self.targets or not whole or sorted(set(rising)) != rising:
+        if not self.targets or sorted(set(rising)) != rising:
             raise ValueError(
                 f"targets are numbers of labels, each above the one before, got {self.targets!r}"
             )
@@ -87,6 +86,7 @@ class Active(Sampled):
                 f"sampling.n must be 2, a pair for each prompt, got {self._sampling.n}"
             )
         self._oracle = make_scorer(self.oracle)
+        self._loss = Loss(self.loss, self.beta)
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
@@ -118,7 +118,7 @@ class Active(Sampled):
                 known,
                 start=start,
                 reference=start,
-                loss=Loss(self.loss, self.beta),
+                loss=self._loss,
                 training=self._training,
             )
             shown: Row = {"labels": len(labelled)}
@@ -131,9 +131,9 @@ class Active(Sampled):
                 evaluator,
                 start,
                 new,
+                data=prompts,
                 pairs=pairs,
                 filtered=kept,
-                trained=known,
                 training=shown,
             )
             policy = self.made_policy(name, new)

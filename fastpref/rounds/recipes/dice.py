@@ -19,8 +19,9 @@ from fastpref.rounds.pairs import (
     made,
     pair_row,
 )
+from fastpref.rounds.policies import check_ids
 from fastpref.rounds.recipe import OnPolicy
-from fastpref.rounds.replay import replay_mix
+from fastpref.rounds.replay import replay_counts, replay_mix
 from fastpref.rounds.run import Policy, Rows, Run, given_rows, policy_of, seed_of
 from fastpref.rounds.sampling import Sampling, sample
 from fastpref.rounds.scorers import Implicit
@@ -60,8 +61,8 @@ class DICE(OnPolicy):
     def __post_init__(self) -> None:
         """See :class:`Recipe`."""
         super().__post_init__()
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is a share: expected 0 to 1, got {self.gamma}")
+        self._loss = Loss(self.loss, self.beta)
+        replay_counts(0, 0, self.gamma, self.convention)  # says what is wrong with these
         number = isinstance(self.penalty, (int, float)) and not isinstance(self.penalty, bool)
         if self.penalty != "search" and not number:
             raise ValueError(f"penalty must be 'search' or a number, got {self.penalty!r}")
@@ -79,6 +80,7 @@ class DICE(OnPolicy):
             run, start, held_out, max_new_tokens=self._sampling.max_new_tokens
         )
         older, policy = policy_of(self.initial_reference), start
+        check_ids(run, older)
         for number in range(1, self.rounds + 1):
             name = f"round-{number}"
             prompts = self._prompts(examples, number)
@@ -95,7 +97,7 @@ class DICE(OnPolicy):
                 mixed,
                 start=policy,
                 reference=policy,
-                loss=Loss(self.loss, self.beta),
+                loss=self._loss,
                 training=self._training,
             )
             found = fair.rows[0]
@@ -110,9 +112,9 @@ class DICE(OnPolicy):
                 evaluator,
                 policy,
                 new,
+                data=examples,
                 pairs=pairs,
                 filtered=kept,
-                trained=mixed,
                 training=shown,
             )
             older, policy = policy, self.made_policy(name, new)

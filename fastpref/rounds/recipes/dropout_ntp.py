@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class DropoutNTP(OnPolicy):
         if self._sampling.n != 1:
             raise ValueError(f"sampling.n must be 1, one end a response, got {self._sampling.n}")
         self._without = without(self.context)
+        self._loss = None if self.loss is None else Loss(self.loss, self.beta, self.loss_args)
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
@@ -74,20 +75,21 @@ class DropoutNTP(OnPolicy):
             )
             pairs = self._pairs(run, f"{name}/pairs", part, begun, samples)
             good = run.table(f"{name}/data", {"pairs": pairs.digest}, partial(made, pairs)).rows
-            new, trained = policy, good
-            if self.loss is not None:
-                whole = {row["id"] for row in uncut(token_rows(good), self._training)}
-                trained = [row for row in good if row["id"] in whole]
+            new, data = policy, examples
+            if self._loss is not None:
+                whole = uncut(token_rows(good), self._training)
+                kept = {row["id"] for row in whole}
+                data = replace(examples, left_out={**examples.left_out, **whole.left_out})
                 new = train(
                     run,
                     f"{name}/train",
-                    trained,
+                    [row for row in good if row["id"] in kept],
                     start=policy,
                     reference=policy,
-                    loss=Loss(self.loss, self.beta, self.loss_args),
+                    loss=self._loss,
                     training=self._training,
                 )
-            self.report(run, number, evaluator, policy, new, pairs=pairs, trained=trained)
+            self.report(run, number, evaluator, policy, new, data=data, pairs=pairs)
             policy = self.made_policy(name, new)
         return policy
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastpref.rounds.pairs import build_pairs, filter_samples, made
+from fastpref.rounds.pairs import build_pairs, check_rule, filter_samples, made
 from fastpref.rounds.recipe import OnPolicy
 from fastpref.rounds.run import Policy, Run
 from fastpref.rounds.sampling import sample
@@ -37,7 +37,9 @@ class ILRDPO(OnPolicy):
         super().__post_init__()
         if self.reference not in ("current", "initial"):
             raise ValueError(f"reference must be 'current' or 'initial', got {self.reference!r}")
+        check_rule(self.rule)
         self._scorer = make_scorer(self.scorer)
+        self._loss = Loss("lr_dpo", self.beta, {"alpha": self.alpha})
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
@@ -45,7 +47,6 @@ class ILRDPO(OnPolicy):
         evaluator = self.evaluator(
             run, start, held_out, self._scorer, self._sampling.max_new_tokens
         )
-        loss = Loss("lr_dpo", self.beta, {"alpha": self.alpha})
         policy = start
         for number, part in enumerate(self.parts(prompts), 1):
             name = f"round-{number}"
@@ -59,9 +60,11 @@ class ILRDPO(OnPolicy):
                 made(pairs),
                 start=policy,
                 reference=policy if self.reference == "current" else start,
-                loss=loss,
+                loss=self._loss,
                 training=self._training,
             )
-            self.report(run, number, evaluator, policy, new, pairs=pairs, filtered=kept)
+            self.report(
+                run, number, evaluator, policy, new, data=prompts, pairs=pairs, filtered=kept
+            )
             policy = self.made_policy(name, new)
         return policy

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpref.rounds.evaluation import Evaluator
-from fastpref.rounds.front import PICTURE, write_front
+from fastpref.rounds.evaluation import Evaluator, trained_on
+from fastpref.rounds.front import PICTURE, TABLE, write_front
 from fastpref.rounds.pairs import pair_row
 from fastpref.rounds.policies import log_likelihoods, log_ratio_margins
-from fastpref.rounds.recipe import Recipe
+from fastpref.rounds.recipe import Outcome, Recipe
+from fastpref.rounds.report import lines
 from fastpref.rounds.run import Policy, Row, Rows, Run
 from fastpref.rounds.scorer import Scorer
 from fastpref.rounds.scorers import KINDS, make_scorer
@@ -73,7 +74,8 @@ class MODPO(Recipe):
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
         examples, held_out = self.examples(run, "chosen", "rejected")
-        pairs = self._with_margins(run, uncut(examples, self._training))
+        whole = uncut(examples, self._training)
+        pairs = self._with_margins(run, whole)
         evaluator = self.evaluator(run, start, held_out, self._reward)
         policy = start
         if evaluator is not None:
@@ -93,9 +95,22 @@ class MODPO(Recipe):
             self.made_policy(name, policy)
             if evaluator is not None:
                 self._measure(evaluator, name, policy)
+        # the pairs are the same for all weights
+        trained = {"left_out": whole.left_out, "trained_on": trained_on(policy, self.resamples)}
+        notes = [f"{label.strip()}: {value}" for label, value in lines(trained)]
         if evaluator is not None:
-            self._show(run, pairs)
+            notes = [*notes, *self._meaning(pairs)]
+            print(write_front(run.folder, self._reports, notes))
+            print(f"picture: {run.folder / PICTURE}")
+        else:
+            print("\n".join(notes))
         return policy
+
+    def closing(self, outcome: Outcome) -> str:
+        """See :meth:`Recipe.closing`."""
+        folder = outcome.folder
+        found = f"the policies are in {folder / 'w-*'}, one for each weighting"
+        return f"{found}; their front is in {folder / TABLE}" if outcome.reports else found
 
     def _with_margins(self, run: Run, examples: Rows) -> list[Row]:
         """Pairs with the rewards of the other objectives, the same for all weights."""
@@ -129,11 +144,11 @@ class MODPO(Recipe):
             else:
                 found[self.objective] = compared["reward"]
             for number, (objective, scorer) in enumerate(self._margins.items(), 1):
-                stage = f"{folder}/objective-{number}"
-                scores = scorer.score(run, stage, evaluator.answers(policy))
-                found[objective] = mean([row["scores"][0] for row in scores], self.resamples)
+                scores = evaluator.scores(scorer, f"objective-{number}", policy)
+                found[objective] = mean(scores, self.resamples)
             kl = compared.pop("kl")["start"]
-            return [{"policy": name, "objectives": found, "kl": kl, **compared}]
+            trained = {} if policy == start else {"trained_on": trained_on(policy, self.resamples)}
+            return [{"policy": name, "objectives": found, "kl": kl, **compared, **trained}]
 
         margins = {key: scorer.describe() for key, scorer in self._margins.items()}
         inputs = {
@@ -144,15 +159,15 @@ class MODPO(Recipe):
         }
         self._reports += run.table(f"{folder}/measured", inputs, make).rows
 
-    def _show(self, run: Run, pairs: Sequence[Row]) -> None:
-        """Write the front of all weights, and print its table."""
+    def _meaning(self, pairs: Sequence[Row]) -> list[str]:
+        """What the columns of the front are."""
         what = (
             "share of held-out pairs that the log-ratio to the start orders right, a tie counting "
             "1/2"
             if self._reward is None
             else f"mean of {self._reward.name} over answers to held-out prompts"
         )
-        notes = [
+        return [
             f"{self.objective} (trained): {what}.",
             *(
                 f"{name}: mean of {scorer.name} over answers to held-out prompts; it differs by "
@@ -162,8 +177,6 @@ class MODPO(Recipe):
             "KL: from the start, per answer. *: no other policy here is at least as good in all "
             "objectives and better in one, by these means.",
         ]
-        print(write_front(run.folder, self._reports, notes))
-        print(f"picture: {run.folder / PICTURE}")
 
 
 def _weighting(given: Any, margins: Sequence[str]) -> list[float]:

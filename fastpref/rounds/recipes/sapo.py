@@ -17,7 +17,7 @@ from fastpref import losses
 from fastpref.objective import FROM_REFERENCE
 from fastpref.rounds.pairs import made, reasons
 from fastpref.rounds.recipe import Recipe
-from fastpref.rounds.run import Policy, Row, Rows, Run
+from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
 from fastpref.rounds.sampling import Sampling
 from fastpref.rounds.self_play import STATE, UNUSABLE, SelfPlay, SelfPlayTrainer
 from fastpref.rounds.training import TRAINER, Loss, first_loss, train, uncut
@@ -61,6 +61,7 @@ class SAPO(Recipe):
                 f"loss: {self.loss!r} is of kind {kind!r}, and self-play makes pairs: choose dpo, "
                 "orpo or another loss of pairs"
             )
+        self._loss = Loss(self.loss, self.beta)
         for name, why in UNUSABLE.items():
             if self.training.get(name):
                 raise ValueError(f"training.{name} cannot be set: {why}")
@@ -77,7 +78,8 @@ class SAPO(Recipe):
         """See :meth:`Recipe.play`."""
         examples, held_out = self.examples(run, "chosen")
         evaluator = self.evaluator(run, start, held_out)
-        rows = responses(run, "round-1/responses", uncut(examples, self._training))
+        whole = uncut(examples, self._training)
+        rows = responses(run, "round-1/responses", whole)
         needs_reference = losses.get(self.loss).entry.needs & FROM_REFERENCE
         options = asdict(self._self_play)
         new = train(
@@ -86,19 +88,19 @@ class SAPO(Recipe):
             made(rows),
             start=start,
             reference=start if needs_reference else None,
-            loss=Loss(self.loss, self.beta),
+            loss=self._loss,
             training=self._training,
             build=partial(SelfPlayTrainer, self_play=self._self_play),
+            pairs_of=SelfPlayTrainer.drawn,
             extra={f"self_play.{name}": value for name, value in options.items()},
         )
         path = Path(new.path).parent / TRAINER / STATE
         dropped = Counter(row["dropped"] for row in rows if row.get("dropped"))
-        shown: Row = {"examples": len(made(rows))}
-        shown |= {f"  dropped: {why}": count for why, count in dropped.items()}
-        shown |= json.loads(path.read_text(encoding="utf-8"))
+        data = given_rows(made(rows), {**whole.left_out, **dropped})
+        shown: Row = {"examples": len(data), **json.loads(path.read_text(encoding="utf-8"))}
         if (begun := first_loss(new)) is not None:
             shown["first loss"] = begun
-        self.report(run, 1, evaluator, start, new, training=shown)
+        self.report(run, 1, evaluator, start, new, data=data, training=shown)
         return self.made_policy("round-1", new)
 
 

@@ -9,15 +9,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastpref.data.formats import extract_prompt
-from fastpref.rounds.evaluation import Evaluator
-from fastpref.rounds.examples import by_name, load_dataset, read_examples
+from fastpref.rounds.examples import by_name, load_dataset, one_each, read_examples
 from fastpref.rounds.policies import log_likelihoods
 from fastpref.rounds.recipe import Recipe
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows
 from fastpref.rounds.training import Loss, first_loss, train
 
-Chunk = tuple[str, list[Row]]
+Chunk = tuple[str, Rows]
 STORED = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -34,8 +32,9 @@ class SDPO(Recipe):
         fractions: Shares of the data, in the order of the stages; they sum to 1.
         source_column: Where a row says its source.
         loss: Of :mod:`fastpref.losses`.
-        probe: Number of held-out pairs that gamma_ref is measured on; of the pairs trained on
-            where none are held out, and the report says so.
+        probe: Number of held-out pairs that gamma_ref is measured on, and whose prompts are
+            answered; gamma_ref is of pairs trained on where none are held out, and the report says
+            so.
     """
 
     stages: str = "source"
@@ -52,7 +51,7 @@ class SDPO(Recipe):
                 f"stages must be 'source', 'easy_to_hard' or 'fractions', got {self.stages!r}"
             )
         if self.stages == "fractions" and (
-            min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6
+            min(self.fractions, default=0) <= 0 or abs(sum(self.fractions) - 1) > 1e-6
         ):
             raise ValueError(f"fractions must be above 0 and sum to 1, got {self.fractions}")
         if self.stages == "fractions" and isinstance(self.dataset, Mapping):
@@ -62,20 +61,14 @@ class SDPO(Recipe):
             )
         if self.probe < 1:
             raise ValueError(f"probe must be at least 1, got {self.probe}")
+        self._loss = Loss(self.loss, self.beta)
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
         chunks, held_out = self._chunks(run, start)
-        probe = read_examples(
-            held_out or [r for _, c in chunks for r in c],
-            run.tokenizer,
-            ("chosen", "rejected"),
-            self.max_prompt_tokens,
-        )
-        probe = given_rows(probe.rows[: self.probe])
-        evaluator: Evaluator | None = None
-        if self._judge is not None and held_out:
-            evaluator = self.evaluator(run, start, probe)
+        probed = held_out or [row for _, own in chunks for row in own]
+        probe = read_examples(probed[: self.probe], run.tokenizer, ("chosen", "rejected"))
+        evaluator = self.evaluator(run, start, one_each(probe) if held_out else None)
         policy = start
         for number, (source, rows) in enumerate(chunks, 1):
             name = f"round-{number}"
@@ -83,10 +76,10 @@ class SDPO(Recipe):
             new = train(
                 run,
                 f"{name}/train",
-                rows,
+                rows.rows,
                 start=policy,
                 reference=policy,
-                loss=Loss(self.loss, self.beta),
+                loss=self._loss,
                 training=self._training,
             )
             shown: Row = {
@@ -100,40 +93,43 @@ class SDPO(Recipe):
             begun = first_loss(new)
             if begun is not None:
                 shown["first loss"] = begun
-            self.report(run, number, evaluator, policy, new, training=shown)
+            self.report(run, number, evaluator, policy, new, data=rows, training=shown)
             policy = self.made_policy(name, new)
         return policy
 
     def _chunks(self, run: Run, start: Policy) -> tuple[list[Chunk], list[Row]]:
         """The stages' rows, and rows held out."""
-        chunks = self._sources()
+        chunks = self._sources(run)
         held_out: list[Row] = []
         if self.eval_dataset is not None:
-            held_out = list(load_dataset(self.eval_dataset))
+            held_out = self._short(run, list(load_dataset(self.eval_dataset))).rows
         elif self.held_out:
             chunks, held_out = hold_out(chunks, self.held_out, self.seed)
         if self.stages == "easy_to_hard":
             chunks = self._by_accuracy(run, start, chunks)
         return chunks, held_out
 
-    def _sources(self) -> list[Chunk]:
+    def _sources(self, run: Run) -> list[Chunk]:
         if self.stages == "fractions":
             parts = cut(list(load_dataset(self.dataset)), self.fractions, self.seed)
             named = [(str(number), rows) for number, rows in enumerate(parts, 1)]
         else:
             named = list(by_name(self.dataset, self.source_column).items())
-        # A stage's reference is the model before it; numbers stored with the data are another's.
-        return [
-            (name, [{k: v for k, v in row.items() if k not in STORED} for row in rows])
-            for name, rows in named
-        ]
+        return [(name, self._short(run, rows)) for name, rows in named]
+
+    def _short(self, run: Run, rows: Sequence[Row]) -> Rows:
+        """The rows whose prompts are not too long, without what is stored of a reference.
+
+        A stage's reference is the model before it; numbers stored with the data are another's.
+        """
+        found = read_examples(rows, run.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
+        kept = [{k: v for k, v in own["row"].items() if k not in STORED} for own in found]
+        return given_rows(kept, found.left_out)
 
     def _by_accuracy(self, run: Run, start: Policy, chunks: list[Chunk]) -> list[Chunk]:
         found = []
         for number, (_, rows) in enumerate(chunks, 1):
-            examples = read_examples(
-                rows, run.tokenizer, ("chosen", "rejected"), self.max_prompt_tokens
-            )
+            examples = read_examples(rows.rows, run.tokenizer, ("chosen", "rejected"))
             found.append(accuracy(gammas(run, f"accuracy/source-{number}", start, examples)))
         return [chunks[i] for i in easy_to_hard(found)]
 
@@ -181,12 +177,11 @@ def hold_out(chunks: Sequence[Chunk], count: int, seed: int) -> tuple[list[Chunk
     """
     rows = [row for _, own in chunks for row in own]
     held_out = random.Random(seed).sample(rows, min(count, len(rows)))
-    prompts = {_prompt(row) for row in held_out}
-    left = [(name, [row for row in own if _prompt(row) not in prompts]) for name, own in chunks]
-    if not all(own for _, own in left):
+    prompts = {repr(row["prompt"]) for row in held_out}
+    left = [
+        (name, given_rows([r for r in own if repr(r["prompt"]) not in prompts], own.left_out))
+        for name, own in chunks
+    ]
+    if not all(len(own) for _, own in left):
         raise ValueError(f"held_out={count} leaves a stage without pairs: lower it")
     return left, held_out
-
-
-def _prompt(row: Row) -> str:
-    return repr((row if "prompt" in row else extract_prompt(row))["prompt"])

@@ -40,6 +40,7 @@ class SELM(OnPolicy):
                 f"sampling.n must be 1, one answer to explore from, got {self._sampling.n}"
             )
         self._scorer = make_scorer(self.scorer)
+        self._loss = Loss("selm", self.beta, {"alpha": self.alpha})
 
     def play(self, run: Run, start: Policy) -> Policy:
         """See :meth:`Recipe.play`."""
@@ -47,7 +48,6 @@ class SELM(OnPolicy):
         evaluator = self.evaluator(
             run, start, held_out, self._scorer, self._sampling.max_new_tokens
         )
-        loss = Loss("selm", self.beta, {"alpha": self.alpha})
         policy = start
         for number, part in enumerate(self.parts(examples), 1):
             name = f"round-{number}"
@@ -63,10 +63,12 @@ class SELM(OnPolicy):
                 [{**row, "third_ids": own[row["id"]]} for row in made(pairs)],
                 start=policy,
                 reference=policy,
-                loss=loss,
+                loss=self._loss,
                 training=self._training,
             )
-            self.report(run, number, evaluator, policy, new, pairs=pairs, filtered=kept)
+            self.report(
+                run, number, evaluator, policy, new, data=examples, pairs=pairs, filtered=kept
+            )
             policy = self.made_policy(name, new)
         return policy
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpref.rounds.evaluation import Evaluator
-from fastpref.rounds.examples import by_name, read_examples
+from fastpref.rounds.examples import by_name, one_each, read_examples
 from fastpref.rounds.pairs import pair_row
 from fastpref.rounds.policies import log_likelihoods, log_ratio_margins
 from fastpref.rounds.recipe import Recipe
@@ -85,7 +85,7 @@ class SPO(Recipe):
             if begun is not None:
                 shown["first loss"] = begun
             shown |= self._rewards(run, name, new, start, held_out)
-            self.report(run, number, evaluator, policies[-1], new, training=shown)
+            self.report(run, number, evaluator, policies[-1], new, data=pairs, training=shown)
             policies.append(self.made_policy(name, new))
         return policies[-1]
 
@@ -122,11 +122,11 @@ class SPO(Recipe):
         return {name: read_examples(found[name], run.tokenizer, pairs, limit) for name in names}
 
     def _evaluator(self, run: Run, start: Policy, held_out: Dimensions) -> Evaluator | None:
-        """What compares answers to the held-out prompts of all dimensions, if there is a judge."""
-        if self._judge is None or not held_out:
+        """What compares answers to the held-out prompts of all dimensions, if there are any."""
+        if not held_out:
             return None
-        by_prompt = {repr(row["prompt"]): row for rows in held_out.values() for row in rows}
-        return self.evaluator(run, start, given_rows(list(by_prompt.values())))
+        rows = given_rows([row for rows in held_out.values() for row in rows])
+        return self.evaluator(run, start, one_each(rows))
 
     def _rewards(
         self, run: Run, name: str, policy: Policy, start: Policy, held_out: Dimensions
@@ -203,7 +203,8 @@ def hold_out(dimensions: Dimensions, count: int, seed: int) -> tuple[Dimensions,
             )
 
     def part(rows: Rows, held: bool) -> Rows:
-        return given_rows([row for row in rows if (repr(row["prompt"]) in out) == held])
+        kept = [row for row in rows if (repr(row["prompt"]) in out) == held]
+        return given_rows(kept, None if held else rows.left_out)
 
     left = {name: part(rows, held=False) for name, rows in dimensions.items()}
     return left, {name: part(rows, held=True) for name, rows in dimensions.items()}
