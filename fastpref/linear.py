@@ -27,7 +27,7 @@ from fastpref.schedule import Plan, plan
 from fastpref.scratch import lend, nbytes, scratch
 
 WORTH_GATHERING = 0.9
-"""Share of a chunk's rows below which its backward gathers those that have a gradient."""
+"""Share of rows that count, up to which a CPU gathers them; with more it works on all."""
 
 
 class Problem(NamedTuple):

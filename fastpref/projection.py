@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref import checks, reference, registered
+from fastpref.linear import WORTH_GATHERING
 from fastpref.reference import TokenStats
 
 
@@ -36,8 +37,9 @@ def checked_logprobs(
     flat, weight = _with_whole_rows(flat), _with_whole_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        counted = flat_targets != ignore_index
-        rows = None if counted.all() else counted.nonzero()[:, 0]
+        counted = (flat_targets != ignore_index).nonzero()[:, 0]
+        # a few ignored rows cost less than the copy of hidden without them
+        rows = None if counted.numel() >= WORTH_GATHERING * num_rows else counted
     if rows is not None:
         flat, flat_targets = flat.index_select(0, rows), flat_targets.index_select(0, rows)
     logp, stats = _project(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ def check_types(options: Any, prefix: str = "") -> None:
     Raises:
         TypeError: an option is something else; the message says what was expected, and got.
     """
-    annotated = _annotations(type(options))
+    annotated = typing.get_type_hints(type(options))
     for option in fields(options):
         value = getattr(options, option.name)
         if not _fits(value, annotated[option.name]):
@@ -33,9 +32,6 @@ def check_types(options: Any, prefix: str = "") -> None:
                 f"{prefix}{option.name}: expected {option.type}, got {value!r} "
                 f"({type(value).__name__})"
             )
-
-
-_annotations = functools.cache(typing.get_type_hints)
 
 
 def _fits(value: Any, kind: Any) -> bool:

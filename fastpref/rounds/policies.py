@@ -86,9 +86,6 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
 
     Returns:
         A row ``{"id", "logps": [nats, summed over the response]}`` for each group.
-
-    Raises:
-        ValueError: the policy has another vocabulary than the run's tokenizer.
     """
     rows = groups.rows
     most = max((len(row["responses"]) for row in rows), default=1)
@@ -98,7 +95,6 @@ def log_likelihoods(run: Run, name: str, policy: Policy, groups: Rows) -> Rows:
     batches = by_length(lengths, max(run.batch_size // max(most, 1), 1))
 
     def open() -> Any:
-        check_ids(run, policy)
         model = load_policy(run, policy)
 
         def work(number: int, indices: Sequence[int]) -> list[Row]:

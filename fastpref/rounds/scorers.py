@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpref.named import find
 from fastpref.rounds.people import People
-from fastpref.rounds.policies import log_likelihoods
+from fastpref.rounds.policies import check_ids, log_likelihoods
 from fastpref.rounds.reward_models import Ranker, RewardModel
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows, policy_of
 from fastpref.rounds.scorer import Score, Scorer, described, distinct, spread
@@ -116,7 +116,13 @@ class Implicit(Scorer):
         return "ids"
 
     def make(self, run: Run, name: str, groups: Rows) -> Rows:
-        """See :meth:`Scorer.make`; one policy is in memory at a time."""
+        """See :meth:`Scorer.make`; one policy is in memory at a time.
+
+        Raises:
+            ValueError: a policy has another vocabulary than the run's tokenizer.
+        """
+        for policy in (self.policy, self.reference):
+            check_ids(run, _policy(policy))
         different, places = distinct(groups.rows, self.reads)
         shown = given_rows(different)
         new = log_likelihoods(run, f"{name}/policy", _policy(self.policy), shown)

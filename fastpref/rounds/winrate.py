@@ -4,11 +4,14 @@ Judges, human and model, like longer answers, so a policy can win by talking mor
 (Dubois et al. 2024, arXiv:2404.04475) models the probability of a preference as ``sigmoid(theta +
 phi * tanh(d / std(d)) + psi * difficulty)``, d the difference in length, and reports it with the
 length term taken out. Here the two policies answer the same prompts and no leaderboard of models is
-at hand from which the prompts' difficulties could be estimated, so that term is left out.
+at hand from which the prompts' difficulties could be estimated, so that term is left out. The
+penalty is a fixed ridge, not one chosen by cross-validation, for which a round's held-out prompts
+are too few.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +132,11 @@ def accuracy(margins: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
     return mean([0.5 + 0.5 * ((margin > 0) - (margin < 0)) for margin in margins], resamples)
 
 
-def length_controlled(preferences: Array, differences: Array, strength: float = 1.0) -> float:
+STRENGTH = 10.0
+"""Of the penalty on the length term: nearly unbiased from 24 prompts on (see the docs' table)."""
+
+
+def length_controlled(preferences: Array, differences: Array, strength: float = STRENGTH) -> float:
     """The win rate that equally long answers would have, by a logistic model with a length term.
 
     ``sigmoid(theta)`` of the fit ``P(win) = sigmoid(theta + phi * tanh(d / std(d)))``.
@@ -137,8 +144,8 @@ def length_controlled(preferences: Array, differences: Array, strength: float = 
     Args:
         preferences: In [0, 1], a tie being 1/2. Shape ``(n,)``.
         differences: Length of the policy's answer minus that of the other. Shape ``(n,)``.
-        strength: Inverse of the L2 penalty on ``phi`` (``theta`` has none), so that the fit is
-            finite where length alone decides.
+        strength: ``C`` of the penalty ``phi^2 / (2 C)`` (``theta`` has none), which keeps the fit
+            finite where length alone decides, and some of the length's effect in.
 
     Returns:
         In [0, 1]; ``mean(preferences)`` where all differences are equal or all preferences are.
@@ -147,6 +154,7 @@ def length_controlled(preferences: Array, differences: Array, strength: float = 
     """
     if np.ptp(differences) == 0 or np.ptp(preferences) == 0:
         return float(preferences.mean())
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     feature = np.tanh(differences / differences.std(ddof=1))[:, None]
@@ -155,7 +163,10 @@ def length_controlled(preferences: Array, differences: Array, strength: float = 
     weights = np.concatenate([preferences, 1 - preferences])
     # To where machines agree: by default the fit stops short, in the fourth decimal.
     model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-8)
-    model.fit(np.concatenate([feature, feature]), labels, sample_weight=weights)
+    with warnings.catch_warnings():
+        # It warns where Newton's steps get no nearer, and then goes on by L-BFGS to the same end.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(np.concatenate([feature, feature]), labels, sample_weight=weights)
     return float(1 / (1 + np.exp(-model.intercept_[0])))
 
 

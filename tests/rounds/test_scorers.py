@@ -234,8 +234,8 @@ def test_a_judge_that_is_the_reward_scores_once(run: Run, make: Any, policy: str
     evaluator = Evaluator(run, asked, start, 8, judge=judge, reward=reward, resamples=20)
     evaluator.compare("round-1", start, start)
     assert {path.name for path in run.folder.glob("round-0/*")} == {"answers", "rewards"}
-    other = Evaluator(run, asked, start, 8, judge=judge, reward=rounds.Length(), resamples=20)
-    run.redo = True
+    again = Run(run.folder, tokenizer=run.tokenizer, batch_size=4, redo=True)
+    other = Evaluator(again, asked, start, 8, judge=judge, reward=rounds.Length(), resamples=20)
     other.compare("round-1", start, start)
     assert (run.folder / "round-0" / "judged").exists()
 

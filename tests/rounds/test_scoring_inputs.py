@@ -282,12 +282,18 @@ def test_a_policy_of_another_vocabulary_scores_nothing(
 ) -> None:
     other = other_vocabulary(tmp_path / "other", other_policy)
     asked = groups(run.tokenizer, "w3", "w4 w5")
-    for name, pair in {"one": (policy, other), "two": (other, policy)}.items():
+    for pair in ((policy, other), (other, policy)):
         with pytest.raises(ValueError, match="other has another vocabulary than the run's model"):
-            rounds.Implicit(*pair).score(run, name, asked)
+            rounds.Implicit(*pair).score(run, "scores", asked)
     with pytest.raises(ValueError, match="Give a model with the tokenizer of the run's"):
-        rounds.DICE(**options(dataset=make.pairs(8), initial_reference=other)).run()
+        rounds.DICE(
+            **options(
+                dataset=make.pairs(8),
+                initial_reference=other,
+                sampling={"n": 4, "max_new_tokens": 6},
+            )
+        ).run()
     assert not (Path(options()["run_dir"]) / "round-1").exists()
     (Path(other) / "tokenizer.json").unlink()
     (Path(other) / "tokenizer_config.json").unlink()
-    assert rounds.Implicit(policy, other).score(run, "one", asked).rows
+    assert rounds.Implicit(policy, other).score(run, "scores", asked).rows
