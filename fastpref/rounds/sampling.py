@@ -203,15 +203,18 @@ def _read_once(model: Any, ids: Tensor, mask: Tensor, pad: int, copies: int) -> 
     """
     from transformers import DynamicCache, GenerationConfig
 
-    if copies == 1 or not mask[:, :-1].any(1).all():  # a prompt of one token leaves nothing to read
+    if copies == 1 or ids.shape[1] == 1:
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
         return None
+    # A prompt of one token has only padding here, which is masked when the cache is used.
+    seen = mask[:, :-1]
+    seen = seen.where(seen.any(1, keepdim=True), 1)
     # generate() knows each model's positions under padding; the token it draws is not in the cache.
     model.generate(
         input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
+        attention_mask=seen,
         past_key_values=cache,
         generation_config=GenerationConfig(max_new_tokens=1, pad_token_id=pad),
     )
