@@ -37,9 +37,10 @@ def checked_logprobs(
     flat, weight = _with_whole_rows(flat), _with_whole_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        counted = (flat_targets != ignore_index).nonzero()[:, 0]
+        counted = flat_targets != ignore_index
         # a few ignored rows cost less than the copy of hidden without them
-        rows = None if counted.numel() >= WORTH_GATHERING * num_rows else counted
+        if not counted.all() and counted.sum() < WORTH_GATHERING * num_rows:
+            rows = counted.nonzero()[:, 0]
     if rows is not None:
         flat, flat_targets = flat.index_select(0, rows), flat_targets.index_select(0, rows)
     logp, stats = _project(

@@ -276,6 +276,7 @@ class ReferenceCache:
         self.scored = 0
         """Sequences that were added."""
         self._index: dict[bytes, list[tuple[Shard, int]]] = {}
+        self._unread: dict[bytes, list[tuple[Shard, int]]] = {}
         self._pending: list[tuple[bytes, Array, Array]] = []
         self._pending_tokens = 0
         self._flushed = time.monotonic()
@@ -285,8 +286,9 @@ class ReferenceCache:
         for shard in shards:
             for i, prompt in enumerate(shard.prompts):
                 first = shard.tokens[shard.bounds[i] : shard.bounds[i + 1]][:1]
-                place = _place(prompt.tobytes(), first)
+                place = prompt.tobytes() + first.tobytes()
                 self._index.setdefault(place, []).append((shard, i))
+                self._unread.setdefault(prompt.tobytes(), []).append((shard, i))
 
     def get(
         self, prompt: Sequence[int], response: Sequence[int], mask: Sequence[int] | None = None
@@ -304,7 +306,7 @@ class ReferenceCache:
         key, tokens = _key(prompt, response, mask)
         if not len(tokens):
             return np.empty(0, np.float32)
-        place = _place(key, tokens)
+        place = key + tokens[:1].tobytes()  # many have the same prompt
         for shard, i in self._index.get(place, ()):
             try:
                 stored, logps = shard.sequence(i)
@@ -315,6 +317,13 @@ class ReferenceCache:
             if np.array_equal(stored[: len(tokens)], tokens):
                 self.hits += 1
                 return logps[: len(tokens)].copy()
+        # not under its first token: that may be what is damaged, which is looked at once a prompt
+        for shard, i in self._unread.pop(key, ()):
+            try:
+                shard.sequence(i)
+            except DamagedShardError as error:
+                if str(error) not in self.damage:
+                    self._report(error)
         return None
 
     def put(
@@ -374,11 +383,6 @@ def open_shards(folder: Path) -> tuple[list[Shard], list[DamagedShardError]]:
         except DamagedShardError as error:
             errors.append(error)
     return shards, errors
-
-
-def _place(key: bytes, tokens: Array) -> bytes:
-    """Where a sequence is looked for: many have the same prompt, so by its first token too."""
-    return key + tokens[:1].tobytes()
 
 
 def _key(
