@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +159,9 @@ def table(rows: list[Row]) -> str:
         torch = " and ".join(filter(None, names))
         commands = dict.fromkeys(APART.sub("", r["command"]) for r in members)
         lines = [
-            f"{kind.caption(first)}{f', torch {torch}' if torch else ''}; {status} by",
+            *textwrap.wrap(
+                f"{kind.caption(first)}{f', torch {torch}' if torch else ''}; {status} by", 124
+            ),
             "",
             *(f"    {command}" for command in commands),
             "",

@@ -64,8 +64,8 @@ def last_complete(run_dir: str | os.PathLike[str]) -> Path:
     """
     for made in Path(run_dir, STAGING).glob("checkpoint-*"):
         place = Path(run_dir, made.name)
-        if not place.exists() and fault(made) is None:
-            with suppress(OSError):  # another rank was faster
+        with suppress(OSError):  # another rank was faster
+            if not place.exists() and fault(made) is None:
                 made.replace(place)
     folders = [p for p in Path(run_dir).glob("checkpoint-*") if p.is_dir()]
     faults = {p: fault(p) for p in folders}
@@ -195,7 +195,12 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def merge(made: Path, folder: Path) -> None:
-    """Move the files of a folder into another one that stays, each in one go."""
+    """Move the files of a folder into another one that stays, each in one go. Weights there of
+    other names go, which would be loaded in the place of the new ones."""
+    weights = {path.name for path in made.glob("model*")}
+    for old in folder.glob("model*.safetensors*") if weights else ():
+        if old.name not in weights:
+            old.unlink()
     for path in sorted(p for p in made.rglob("*") if p.is_file()):
         sync(path)
         target = folder / path.relative_to(made)

@@ -216,18 +216,13 @@ class PreferenceConfig(TrainingArguments):  # type: ignore[misc]
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.pad_to_multiple_of in ("auto", "none", "None"):
-            self.pad_to_multiple_of = None
+            self.pad_to_multiple_of = None if self.pad_to_multiple_of == "auto" else 1
         elif self.pad_to_multiple_of is not None:
             self.pad_to_multiple_of = _whole(self.pad_to_multiple_of, "pad_to_multiple_of")
         super().__post_init__()
         if self.activation_offloading:
             if not self.gradient_checkpointing:
                 raise ValueError("activation_offloading needs gradient_checkpointing=True")
-            if self.use_cpu:
-                raise ValueError(
-                    "activation_offloading keeps activations in host memory, where they are anyway "
-                    "on a CPU: drop it, or use_cpu"
-                )
             kwargs = dict(getattr(self, "gradient_checkpointing_kwargs", None) or {}, offload=True)
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
         if self.use_liger_kernel:

@@ -128,7 +128,7 @@ def estimate(run: Run) -> Estimate:
         FileNotFoundError: There is no such model.
         ValueError: Options contradict each other, or the model's code cannot run on fake tensors.
     """
-    if run.machine.device != "cpu":
+    if run.machine.device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
         return _count(run)
     # Malloc's answer depends on what it has been asked before: each plan asks in a process that has
     # imported what a training run has, and done nothing else.

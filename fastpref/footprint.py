@@ -8,6 +8,7 @@ architecture, adapter, dtype and optimiser. Nothing is loaded and nothing is com
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -283,7 +284,7 @@ def count_step(
 
     model.train()
     optimizer: torch.optim.Optimizer | None = None
-    malloc = Malloc() if on_cpu else None
+    malloc = Malloc() if on_cpu and sys.platform == "linux" else None
     ledger = _Ledger(known, layout.mask_shape, MASK if dense else "", malloc)
     with ledger:
         ahead = make_mask()

@@ -54,7 +54,10 @@ def translate(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
         ValueError: a key is refused (the message says what to do instead), or two contradict.
         TypeError: a key is unknown; the message names the nearest.
     """
-    given = {RENAMED.get(name, name): value for name, value in given.items()}
+    given = dict(given)
+    for old, new in RENAMED.items():
+        if old in given and given.setdefault(new, given[old]) != given.pop(old):
+            raise ValueError(f"{old} and {new} are one option with two values: give {new} alone")
     for name in set(given) & set(IGNORED) - set(known):
         logger.info("%s is not needed and has no effect: %s", name, IGNORED[name])
         del given[name]

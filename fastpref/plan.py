@@ -253,9 +253,9 @@ def describe(run: Run, found: Estimate) -> str:
         ACTIVATIONS: "layers recomputed" if config.gradient_checkpointing else "all layers kept",
         MASK: f"{tokens:,} x {tokens:,} a row",
         HEAD: "tiles of logits, kept exponentials",
-        HOLES: "free between blocks" if run.machine.device == "cpu" else "a GPU's are not counted",
+        HOLES: "free between blocks",
     }
-    for part in ORDER:
+    for part in ORDER if run.machine.device == "cpu" else [p for p in ORDER if p != HOLES]:
         note = notes.get(part, "")
         lines.append(f"  {part:<15}{_mib(found.parts[part])}  {note}".rstrip())
     lines.append(f"  {'total':<15}{_mib(found.total)}  {found.moment}")

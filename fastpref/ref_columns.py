@@ -53,8 +53,9 @@ def references_in(kind: str, *datasets: Any) -> int:
     found: dict[int, str] = {}
 
     def note(dataset: Any, part: str) -> None:
-        row = next(iter(dataset))
-        found.update({np.asarray(row[name]).size: f"{name} {part}".strip() for name in names})
+        row = next(iter(dataset), None)  # of no rows others tell
+        counts = {} if row is None else {name: np.asarray(row[name]).size for name in names}
+        found.update({count: f"{name} {part}".strip() for name, count in counts.items()})
 
     for dataset in datasets if names and kind != "group" else ():
         each(note, dataset, "")

@@ -157,6 +157,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 saved, unless its weights are not finite either. Or a checkpoint was due and the
                 weights are not finite; nothing is saved.
         """
+        self.run_id = self.ranks.objects([self.run_id])[0]  # one for all ranks
         path = self._checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         old = [p.name for p in Path(self.args.output_dir).glob("checkpoint-*")] if not path else []
         if old and self.is_world_process_zero():

@@ -47,7 +47,7 @@ _SMALL_TILE = {"cpu": 1024, "cuda": 8192}
 _ROWS = {"cpu": 4096, "cuda": 4096}
 # The smallest chunk that still amortises one read of the weight tile.
 _SMALL_ROWS = 2048
-# What a budget below that may take all the same. On a CPU wide heads get smaller chunks for it.
+# What a budget below that may take all the same. Wide heads get smaller chunks for it.
 _LEAST = {"cpu": 48 * MIB, "cuda": 256 * MIB}
 
 

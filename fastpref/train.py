@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,20 @@ logger = logging.getLogger("fastpref")
 
 def main(argv: Sequence[str]) -> int:
     """Trains; 0."""
+    _speak()
     data, model, config = parse(argv)
     run(data, model, config)
     # Threads of a group that is still there may abort a process that ends.
     PartialState().destroy_process_group()
     return 0
+
+
+def _speak() -> None:
+    """Show what this package logs, on one rank, unless somebody has set logging up."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first and not logger.hasHandlers() and logger.level == logging.NOTSET:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
 
 
 def make_trainer(data: ScriptArguments, model: ModelArguments, config: PreferenceConfig) -> Any:

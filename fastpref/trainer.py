@@ -125,6 +125,8 @@ class PreferenceTrainer(ResumableTrainer):
     ) -> None:
         """See the class."""
         args = options_for(model, args, self.config_class)
+        if args.activation_offloading and args.device.type == "cpu":
+            raise ValueError("activation_offloading: on a CPU they are in its memory; drop it")
         if train_dataset is None and eval_dataset is None:
             raise ValueError("train_dataset is required (or an eval_dataset, to evaluate only)")
         refuse_splits(train_dataset, "train_dataset")

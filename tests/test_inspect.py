@@ -97,6 +97,8 @@ def test_the_status_says_whether_all_rows_train(
     status, text = inspect(capsys, good, "--model", model)
     assert status == 0
     assert "all 1 rows can be trained on" in text
+    elsewhere = ["--activation_offloading", "true"]  # for the GPU that training is meant for
+    assert inspect(capsys, good, "--model", model, *elsewhere)[0] == 0
     assert "w1 w2 | w3" in " ".join(text.split())  # the boundary, in tokens
 
 

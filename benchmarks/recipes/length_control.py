@@ -4,7 +4,7 @@
 
 Preferences are drawn from the model that the estimate fits: the truth is known. ``phi`` is how much
 a longer answer is liked, and the answers are longer than the others by 60 characters, give or take
-60. A strength is that of the penalty: the larger, the weaker it is.
+60. A strength is the C of the penalty ``phi^2 / (2 C)``: the larger, the weaker.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from fastpref.losses import PairLogps
 from fastpref.rounds.acquire import entropy
 
 LETTERS = 12
-END, BEGIN = LETTERS, LETTERS + 1
+END = LETTERS
 LONGEST, WIDTH, HEADS, PROMPT = 12, 32, 4, 3
 PAD = -100
 END_LOGIT = 0.7  # responses of about six tokens at the start

@@ -37,7 +37,7 @@ class Evaluator:
         start: The policy the run began with.
         max_new_tokens: Longest answer.
         judge: Compares answers; None: only lengths and KL are measured.
-        reward: Scores single answers; None, or the same: the judge, if it does.
+        reward: Scores single answers; None: the judge, if it scores single answers.
         resamples: Of the bootstrap.
     """
 

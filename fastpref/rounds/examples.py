@@ -233,7 +233,7 @@ def split_prompts(examples: Rows, held_out: int, seed: int) -> tuple[Rows, Rows]
 
 
 def one_each(examples: Rows) -> Rows:
-    """The rows with a prompt once each; of several with one, the last."""
+    """The rows with a prompt once each; of several rows with one prompt, the last."""
     return given_rows(list({repr(row["prompt"]): row for row in examples}.values()))
 
 

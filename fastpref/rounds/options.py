@@ -40,6 +40,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return True
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     if origin in (list, Sequence):

@@ -110,16 +110,18 @@ def _interval(values: Sequence[Any]) -> str:
 def show(content: Row, folder: Path) -> None:
     """Print a report's table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"round {content['round']}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column()
     for label, value in lines(content):
-        table.add_row(label, value)
+        table.add_row(escape(label), escape(value))
     console = Console()
     console.print(table)
-    console.print(f"picture: {folder / PICTURE}", soft_wrap=True, highlight=False)
+    picture = escape(f"picture: {folder / PICTURE}")
+    console.print(picture, soft_wrap=True, highlight=False)
 
 
 def draw(reports: Sequence[Row], path: Path) -> None:

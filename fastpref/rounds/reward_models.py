@@ -178,6 +178,10 @@ class Ranker(Scorer):
         """Unless a function judges."""
         return self.model is not None
 
+    def own(self) -> Any:
+        """The function: one with other values in it is described alike."""
+        return self.function if isinstance(self.function, str) else id(self.function)
+
     def describe(self) -> dict[str, Any]:
         """The function, or the model and its template."""
         if self.model is None:

@@ -136,7 +136,7 @@ class Run:
         batch_size: Sequences at a time where models sample or score; a prompt's are never parted.
         redo: Make stages anew whose inputs have changed, instead of raising.
         model_options: More arguments of ``from_pretrained`` for policies.
-        scored: Tables of scores by a digest of what was asked; the scorers keep them.
+        scored: Scorers and their tables by a digest of what was asked; the scorers keep them.
     """
 
     folder: Path
@@ -147,7 +147,7 @@ class Run:
     batch_size: int = 8
     redo: bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
-    scored: dict[str, Rows] = field(default_factory=dict, repr=False)
+    scored: dict[str, tuple[Any, Rows]] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -54,6 +55,10 @@ class Scorer:
         """What the scores depend on beside the responses, as JSON can hold it."""
         raise NotImplementedError
 
+    def own(self) -> Any:
+        """What tells it, within this process, from others that are described alike."""
+        return None
+
     def open(self, run: Run) -> Score:
         """Load what is needed, and return the function that scores."""
         raise NotImplementedError
@@ -78,10 +83,10 @@ class Scorer:
             ValueError: a score is not a finite number.
             RuntimeError: the scorer failed; what it had scored is kept.
         """
-        asked = digest([self.describe(), groups.rows])
-        if asked not in run.scored:
-            run.scored[asked] = self.make(run, name, groups)
-        return run.scored[asked]
+        asked = digest([self.describe(), self.own(), groups.rows])
+        if asked not in run.scored:  # with the scorer, so that no other object gets its address
+            run.scored[asked] = (self, self.make(run, name, groups))
+        return run.scored[asked][1]
 
     def make(self, run: Run, name: str, groups: Rows) -> Rows:
         """The table of :meth:`score`, made or found on disk."""
@@ -164,8 +169,9 @@ def spread(values: Iterable[Sequence[float]], places: Sequence[Sequence[int]]) -
 def described(function: Any) -> dict[str, str]:
     """Name of a function and digest of its source, for a stage's inputs.
 
-    A partial's arguments count too, and the attributes of an object that is called, or whose method
-    is; both as they are printed, without addresses.
+    A partial's arguments count too, the attributes of an object that is called, or whose method is,
+    as they are printed, without addresses, and plain defaults and enclosed values: numbers, texts,
+    tuples.
     """
     found = find(function)
     if isinstance(found, functools.partial):
@@ -175,6 +181,7 @@ def described(function: Any) -> dict[str, str]:
     else:
         where = getattr(found, "__qualname__", type(found).__qualname__)
         source = _source(found if hasattr(found, "__qualname__") else type(found))
+        source += _enclosed(found)
         owner = getattr(found, "__self__", None if hasattr(found, "__qualname__") else found)
         if not (owner is None or inspect.ismodule(owner)):
             source += _printed(dict(getattr(owner, "__dict__", {})))
@@ -190,6 +197,21 @@ def _printed(value: Any) -> str:
     if type(value) in (list, tuple):
         return str(list(map(_printed, value)))
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _enclosed(function: Any) -> str:
+    """Module, defaults and enclosed values of a function; of a lambda its code too, since several
+    may stand in one line."""
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return ""
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    held = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+    held |= dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    plain = {k: v for k, v in held.items() if isinstance(v, (str, int, float, tuple, type(None)))}
+    own = code.co_code.hex() if function.__name__ == "<lambda>" else ""
+    return f" {function.__module__} {_printed(plain)} {own}"
 
 
 def _source(function: Any) -> str:

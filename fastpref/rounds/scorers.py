@@ -37,6 +37,10 @@ class Function(Scorer):
         """Its name and a digest of its source."""
         return {"kind": self.kind, **self._described}
 
+    def own(self) -> Any:
+        """The function: one with other values in it is described alike."""
+        return self.function if isinstance(self.function, str) else id(self.function)
+
     @property
     def name(self) -> str:
         """The function's."""
@@ -166,6 +170,10 @@ class Weighted(Scorer):
     def describe(self) -> dict[str, Any]:
         """The parts."""
         return {"kind": self.kind, "parts": [[s.describe(), w] for s, w in self.parts]}
+
+    def own(self) -> Any:
+        """Those of the parts."""
+        return [scorer.own() for scorer, _ in self.parts]
 
     @property
     def name(self) -> str:

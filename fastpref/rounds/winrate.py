@@ -82,7 +82,9 @@ def estimate(
         arrays,
         statistic,
         n_resamples=resamples,
-        batch=max(1, min(resamples, 10**7 // len(arrays[0]))),  # what is drawn at once, in memory
+        batch=max(
+            1, min(resamples, 10**7 // max(map(len, arrays)))
+        ),  # what is drawn at once, in memory
         vectorized=False,
         paired=paired,
         method="percentile",
@@ -133,7 +135,8 @@ def accuracy(margins: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
 
 
 STRENGTH = 10.0
-"""Of the penalty on the length term: nearly unbiased from 24 prompts on (see the docs' table)."""
+"""C of the penalty on the length term: nearly unbiased from 24 prompts on
+(``docs/recipes/reports.md``)."""
 
 
 def length_controlled(preferences: Array, differences: Array, strength: float = STRENGTH) -> float:
@@ -145,7 +148,7 @@ def length_controlled(preferences: Array, differences: Array, strength: float = 
         preferences: In [0, 1], a tie being 1/2. Shape ``(n,)``.
         differences: Length of the policy's answer minus that of the other. Shape ``(n,)``.
         strength: ``C`` of the penalty ``phi^2 / (2 C)`` (``theta`` has none), which keeps the fit
-            finite where length alone decides, and some of the length's effect in.
+            finite where length alone decides, and leaves some of the length's effect in.
 
     Returns:
         In [0, 1]; ``mean(preferences)`` where all differences are equal or all preferences are.

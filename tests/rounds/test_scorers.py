@@ -189,6 +189,31 @@ def test_functions_that_differ_in_what_they_hold_are_told_apart() -> None:
     assert described(first) == described(second)
 
 
+def likes(word: str, seen: list[str]) -> Any:
+    def liked(prompt: str, response: str) -> float:
+        seen.append(response)
+        return float(response.split().count(word))
+
+    return liked
+
+
+def test_functions_of_one_source_have_tables_of_their_own(run: Run, make: Any) -> None:
+    asked, seen = groups(make.tokenizer()), list[str]()
+    more, less = lambda p, r: len(r), lambda p, r: -len(r)
+    kinds = [likes("w1", seen), likes("w3", seen), more, less]
+    assert len({described(one)["source"] for one in kinds}) == 4
+    assert described(likes("w1", ["other"])) == described(kinds[0])
+    tables = [
+        rounds.Function(one).score(run, f"scores-{i}", asked).rows for i, one in enumerate(kinds)
+    ]
+    expected = [[one("", r["text"]) for g in asked.rows for r in g["responses"]] for one in kinds]
+    assert [[s for row in table for s in row["scores"]] for table in tables] == expected
+    # what the digest does not see: a list
+    held = [rounds.Function(likes("w1", seen)) for _ in range(2)]
+    first, second = (one.score(run, f"held-{i}", asked) for i, one in enumerate(held))
+    assert first is not second
+
+
 def test_what_an_object_notes_while_it_scores_is_no_change(run: Run, make: Any) -> None:
     scorer = rounds.Function(Count("w3"))
     asked = groups(make.tokenizer())

@@ -92,5 +92,6 @@ def test_one_pair_at_a_time_is_told_of_losses_that_compare_pairs(
 
 
 def test_offloading_on_a_cpu_is_refused(options: Options) -> None:
-    with pytest.raises(ValueError, match=r"in host memory, where they are anyway .* drop it"):
-        DPOConfig(**options(gradient_checkpointing=True, activation_offloading=True))
+    args = DPOConfig(**options(gradient_checkpointing=True, activation_offloading=True))
+    with pytest.raises(ValueError, match=r"on a CPU they are in its memory; drop it"):
+        DPOTrainer("anything", args=args, train_dataset=[])

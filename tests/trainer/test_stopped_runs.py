@@ -218,3 +218,18 @@ def test_a_saved_model_is_never_there_in_part(
     trainer.save_model()
     assert (run_dir / "model.safetensors").read_bytes() != before
     assert {p.name for p in run_dir.iterdir()} == names
+
+
+def test_a_saved_model_replaces_weights_of_other_names(tmp_path: Path) -> None:
+    """A model in one file would be loaded in the place of the shards saved beside it."""
+    made, folder = tmp_path / ".saving" / "model", tmp_path
+    made.mkdir(parents=True)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in (*shards, "model.safetensors.index.json", "config.json"):
+        (made / name).write_text("new")
+    for name in ("model.safetensors", shards[0], "notes.txt", "reference.safetensors"):
+        (folder / name).write_text("old")
+    checkpoint.merge(made, folder)
+    left = {path.name: path.read_text() for path in folder.iterdir()}
+    assert left.pop("notes.txt") == left.pop("reference.safetensors") == "old"
+    assert left == dict.fromkeys([*shards, "model.safetensors.index.json", "config.json"], "new")

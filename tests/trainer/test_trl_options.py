@@ -138,6 +138,7 @@ def test_older_names_as_flags_in_every_form(tmp_path: Path) -> None:
         (["--rpo_alpha"], "rpo_alpha=True"),
         (["--rpo_alpha", "1", "2"], r"rpo_alpha=\['1', '2'\]: expected a number"),
         (["--rpo_alpha", "1", "--loss", "dpo", "sft"], "rpo_alpha together with several losses"),
+        (["--torch_dtype", "float16", "--dtype", "bfloat16"], "are one option with two values"),
         (["--group_by_length", "maybe"], "group_by_length='maybe': expected true or false"),
         (["--tools", "[x"], "tools is not an option: give the dataset a column"),
         (["--env", "A=1"], r"env is not an option: .* YAML file of --config"),
