@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
 from fastpref import cli, plan
 from fastpref.estimate import Estimate, Lengths, Machine, Run, estimate, lay_out
-from fastpref.footprint import Layout, count_step, faked
+from fastpref.footprint import HOLES, Layout, count_step, faked
 from fastpref.policy import response_logps
 
 spec = importlib.util.spec_from_file_location(
@@ -63,6 +63,11 @@ def without_process(given: list[str]) -> Run:
 
 def found(model: str, *flags: str) -> Estimate:
     return estimate(planned(model, *flags))
+
+
+def of_tensors(estimate: Estimate) -> dict[str, int]:
+    """Its parts, without malloc's holes, which differ a little from process to process."""
+    return {part: size for part, size in estimate.parts.items() if part != HOLES}
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -237,7 +242,7 @@ def test_a_run_s_own_config_is_planned(model: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(resolved(run.model, run.config)))
     again = without_process(["--config", str(path), "--device", "cpu", "--memory", "1GiB"])
-    assert estimate(again).parts == found(model, *flags).parts
+    assert of_tensors(estimate(again)) == of_tensors(found(model, *flags))
 
 
 # Machines and advice
@@ -276,7 +281,8 @@ def test_what_a_setting_is_said_to_save_it_saves(model: str) -> None:
     tried = {c.flags: estimate(run.changed(**c.options)) for c in plan.changes(run, whole)}
     assert len(tried) == 7
     for text, then in list(tried.items())[::3]:  # what the flags themselves would give
-        assert then == found(model, *flags, *text.split(), *LENGTHS), text
+        given = found(model, *flags, *text.split(), *LENGTHS)
+        assert (of_tensors(then), then.layout) == (of_tensors(given), given.layout), text
     short = run.machine._replace(memory=whole.total - 1)
     told = plan.advice(Run(run.model, run.config, run.lengths, short), whole)
     saved = [float(line.split()[0].replace(",", "")) for line in told.splitlines()[2:]]
@@ -292,7 +298,8 @@ LENGTHS = ("--prompt_tokens", "60", "--response_tokens", "60")
 
 
 def test_the_largest_that_fits_fits_and_one_more_does_not(model: str) -> None:
-    run = planned(model, *LENGTHS, "--self_check", "false")
+    # of a GPU, whose plan has no holes
+    run = planned(model, *LENGTHS, "--self_check", "false", "--device", "cuda")
     five = estimate(run.changed(per_device_train_batch_size=5)).total
     run = Run(run.model, run.config, run.lengths, run.machine._replace(memory=five))
     told = plan.limits(run)
@@ -305,7 +312,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(model: str) -> None:
 def test_the_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("--model", model, "--device", "cpu", *LENGTHS)
     total = json.loads(said(capsys, *given, "--memory", "1TiB", "--json")[1])["total"]
-    status, text = said(capsys, *given, "--memory", f"{total // 1024 + 20_000}K")
+    status, text = said(capsys, *given, "--memory", f"{total // 1024 + 200_000}K")
     assert status == 0
     assert "it fits" in text
     assert "a copy of the model" in text
