@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from fastpref.named import find
 from fastpref.rounds.examples import prompt_text
 from fastpref.rounds.run import Row, Run, by_length, policy_of
-from fastpref.rounds.scorer import Score, Scorer, described
+from fastpref.rounds.scorer import ByFunction, Score, Scorer
 
 
 def reward_ids(tokenizer: Any, prompt: Any, response: str) -> list[int]:
@@ -142,7 +141,7 @@ class RewardModel(Scorer):
 
 
 @dataclass
-class Ranker(Scorer):
+class Ranker(ByFunction):
     """A judge of two responses; a response's score is its mean probability to beat the others.
 
     Attributes:
@@ -169,18 +168,10 @@ class Ranker(Scorer):
         if (self.function is None) == (self.model is None):
             raise ValueError("ranker: give a function or a model, and not both")
 
-    @cached_property
-    def _described(self) -> dict[str, str]:
-        return described(self.function)  # once: what an object notes while it scores is no change
-
     @property
     def loads(self) -> bool:
         """Unless a function judges."""
         return self.model is not None
-
-    def own(self) -> Any:
-        """The function: one with other values in it is described alike."""
-        return self.function if isinstance(self.function, str) else id(self.function)
 
     def describe(self) -> dict[str, Any]:
         """The function, or the model and its template."""

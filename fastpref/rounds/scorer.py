@@ -129,6 +129,20 @@ class Scorer:
         return {"id": row["id"], "scores": [float(score) for score in scores]}
 
 
+class ByFunction(Scorer):
+    """Base of the scorers that may ask a function, named or given."""
+
+    function: Any
+
+    @functools.cached_property
+    def _described(self) -> dict[str, str]:
+        return described(self.function)  # once: what an object notes while it scores is no change
+
+    def own(self) -> Any:
+        """The function: one with other values in it is described alike."""
+        return self.function if isinstance(self.function, str) else id(self.function)
+
+
 def _once(score: Score, groups: Sequence[Row], reads: str) -> list[list[float]]:
     """The scores of groups whose equal responses are shown once."""
     shown, places = distinct(groups, reads)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -13,11 +12,11 @@ from fastpref.rounds.people import People
 from fastpref.rounds.policies import check_ids, log_likelihoods
 from fastpref.rounds.reward_models import Ranker, RewardModel
 from fastpref.rounds.run import Policy, Row, Rows, Run, given_rows, policy_of
-from fastpref.rounds.scorer import Score, Scorer, described, distinct, spread
+from fastpref.rounds.scorer import ByFunction, Score, Scorer, distinct, spread
 
 
 @dataclass
-class Function(Scorer):
+class Function(ByFunction):
     """A Python function of prompt and response, ``(prompt, response) -> float``.
 
     Attributes:
@@ -29,17 +28,9 @@ class Function(Scorer):
     kind = "function"
     function: Any
 
-    @cached_property
-    def _described(self) -> dict[str, str]:
-        return described(self.function)  # once: what an object notes while it scores is no change
-
     def describe(self) -> dict[str, Any]:
         """Its name and a digest of its source."""
         return {"kind": self.kind, **self._described}
-
-    def own(self) -> Any:
-        """The function: one with other values in it is described alike."""
-        return self.function if isinstance(self.function, str) else id(self.function)
 
     @property
     def name(self) -> str:

@@ -22,6 +22,20 @@ makers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(makers)
 
 
+def trained(config: PreferenceConfig, **given: Any) -> PreferenceTrainer:
+    """A trainer in float64 that has trained on eight pairs."""
+    trainer = PreferenceTrainer(
+        makers.make_model().double(),
+        makers.make_model(1).double(),
+        args=config,
+        train_dataset=makers.make_pairs(8),
+        processing_class=makers.make_tokenizer(),
+        **given,
+    )
+    trainer.train()
+    return trainer
+
+
 def run(folder: Path) -> dict[str, Any]:
     """Four pairs a step whatever the number of ranks, five to evaluate; a coupled loss, one with a
     memory, a likelihood by token, and a reference that scores the data beforehand."""
@@ -45,15 +59,7 @@ def run(folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
         ddp_backend="gloo" if ranks > 1 else None,
     )
-    trainer = PreferenceTrainer(
-        makers.make_model().double(),
-        makers.make_model(1).double(),
-        args=config,
-        train_dataset=makers.make_pairs(8),
-        eval_dataset=makers.make_pairs(5, 1),
-        processing_class=makers.make_tokenizer(),
-    )
-    trainer.train()
+    trainer = trained(config, eval_dataset=makers.make_pairs(5, 1))
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return {
         "weights": [weights.sum().item(), weights.norm().item()],
@@ -87,14 +93,7 @@ def updates(folder: Path) -> dict[str, list[float]]:
                 ddp_backend="gloo" if ranks > 1 else None,
                 **layout,
             )
-            trainer = PreferenceTrainer(
-                makers.make_model().double(),
-                makers.make_model(1).double(),
-                args=config,
-                train_dataset=makers.make_pairs(8),
-                processing_class=makers.make_tokenizer(),
-            )
-            trainer.train()
+            trainer = trained(config)
             before = makers.make_model().double().parameters()
             changes = [p - q for p, q in zip(trainer.model.parameters(), before, strict=True)]
             found[f"{ranks} x {windows} x {size} {layout}"] = makers.sketch(changes)
