@@ -14,8 +14,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-CPU = ["module", "cpu/rows", "cpu/sweep", "cpu/combine", "cpu/segments"]
-CUDA, NVCC = ["sweep", "combine", "rows", "segments"], ["-O3", "--expt-relaxed-constexpr"]
+CPU = ["module", "cpu/rows", "cpu/sweep", "cpu/combine", "cpu/kl", "cpu/segments"]
+CUDA, NVCC = ["sweep", "combine", "kl", "rows", "segments"], ["-O3", "--expt-relaxed-constexpr"]
 TORCH_TARGET = "0x020a000000000000"  # stable ABI of torch 2.10: the binary loads there and later
 LOG = Path("build/fastpref-build.log").absolute()
 REMEDY = "pip install ninja pybind11 setuptools wheel && FASTPREF_FORCE_BUILD=1 "

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpref.backends import triton as launch
-from fastpref.kernels import combine, rows, segments, sweep
+from fastpref.kernels import combine, kl, rows, segments, sweep
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 COMMAND = "python benchmarks/kernel_resources.py --write"
@@ -88,6 +88,19 @@ def cases() -> Iterator[Case]:
         done | {"acc": "fp32", "weight": "bf16", "hidden_grad": "bf16", "stats": "fp32"},
         hidden | {"CAPPED": True},
     )
+    for variant, out, bias, capped in (
+        ("no gradient", None, None, False),
+        ("bf16 gradient", "bf16", None, False),
+        ("in place, bias, softcap", "fp32", "fp32", True),
+    ):
+        pointers = dict.fromkeys(("tile", "ref_tile", "state", "ref_state", "kl"), "fp32")
+        yield Case(
+            kl.kl_tile_kernel,
+            variant,
+            pointers | {"out": out, "bias": bias, "ref_bias": bias},
+            launch.kl_config(128_256)
+            | {"WIDTH": 128_256, "CAPPED": capped, "REF_CAPPED": capped},
+        )
     yield Case(
         rows.scale_rows_kernel, "bf16", {"out": "bf16", "x": "bf16", "factor": "fp32"}, hidden
     )

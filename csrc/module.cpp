@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(fastpref, m) {
   m.def("scale_rows_(Tensor(a!) out, Tensor x, Tensor factor) -> ()");
   m.def(
       "add_target_rows_(Tensor(a!) out, Tensor x, Tensor targets, Tensor factor, int start) -> ()");
+  m.def(
+      "kl_tile_(Tensor(a!) tile, Tensor ref_tile, Tensor(b!)? out, Tensor state, Tensor ref_state, "
+      "Tensor? bias, Tensor? ref_bias, float scale, float softcap, float ref_scale, "
+      "float ref_softcap, Tensor(c!) kl) -> ()");
   m.def("segment_sum(Tensor values, Tensor cu_seqlens) -> Tensor");
   m.def("segment_sum_backward(Tensor grad, Tensor cu_seqlens, int n) -> Tensor");
   m.def("pair_margins(Tensor logps, Tensor ref_logps, Tensor cu_seqlens, Tensor pairs) -> Tensor");

@@ -76,7 +76,7 @@ def contrast(
             softcap=policy.softcap,
             ref_scale=reference.scale,
             ref_softcap=reference.softcap,
-            memory_budget=options.get("memory_budget"),
+            **options,
         )
         found["kl"] = kl.where(targets >= 0, 0.0)
     if "perturbed" in needs:

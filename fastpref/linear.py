@@ -112,7 +112,8 @@ def _kept_tile(
     return kept[start : start + (r1 - r0) * (v1 - v0)].view(r1 - r0, v1 - v0)
 
 
-def _new_state(num_rows: int, like: Tensor) -> Tensor:
+def new_state(num_rows: int, like: Tensor) -> Tensor:
+    """The ``state`` of :class:`fastpref.backends.RowKernels` before the first tile."""
     state = like.new_zeros((6, num_rows))
     state[0] = -math.inf
     state[2] = math.nan
@@ -151,7 +152,7 @@ def forward(
         acc_buffer = arena.take(acc_bytes // dtype.itemsize, dtype=dtype)
         for r0, r1 in p.chunks(n):
             h = ops.rows(hidden[r0:r1])
-            state = _new_state(r1 - r0, logp)
+            state = new_state(r1 - r0, logp)
             unit = saved.unit_grad[r0:r1] if problem.need_hidden_grad else None
             acc = unit
             if unit is not None and not in_place:
@@ -312,7 +313,7 @@ def _head_gradients(
                 return kept, factor
             mm(z, ops.rows(chunk.of(hidden)), ops.tile(weight[v0:v1]).t())
             # Started at the final maximum, the same sweep stores E under it.
-            state = _new_state(top.numel(), z)
+            state = new_state(top.numel(), z)
             state[0] = top
             operand = ops.low_tile(*z.shape) if ops.mixed else z
             tile_bias = None if bias_c is None else bias_c[v0:v1]

@@ -34,7 +34,7 @@ def checked_logprobs(
     are chosen, layouts mended, statistics None unless asked for."""
     shape, num_rows = targets.shape, targets.numel()
     flat, flat_targets = hidden.reshape(num_rows, hidden.shape[-1]), targets.reshape(num_rows)
-    flat, weight = _with_whole_rows(flat), _with_whole_rows(weight)
+    flat, weight = whole_rows(flat), whole_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != ignore_index
@@ -57,7 +57,7 @@ def checked_logprobs(
     return place(logp), stats and TokenStats(*(place(s) for s in stats))
 
 
-def _with_whole_rows(x: Tensor) -> Tensor:
+def whole_rows(x: Tensor) -> Tensor:
     """``x``, or a copy if the entries of a row are not side by side, as kernels read them."""
     return x if x.stride(1) == 1 else x.contiguous()
 

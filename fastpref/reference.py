@@ -6,6 +6,7 @@ allocated.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -98,6 +99,26 @@ def linear_cross_entropy(
         return loss.view(targets.shape)
     count = (targets != ignore_index).sum().clamp(min=1)
     return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_scale: float = 1.0,
+    ref_softcap: float | None = None,
+) -> Tensor:
+    """KL(reference || policy) per token, of materialised logits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    log_p = logits(hidden, weight, bias, scale, softcap).to(wide).log_softmax(-1)
+    z = logits(ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap)
+    log_r = z.to(wide).log_softmax(-1)
+    return torch.where(log_r == -math.inf, 0.0, log_r.exp() * (log_r - log_p)).sum(-1)
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,76 +1,144 @@
 """`linear_token_kl`: KL(reference || policy) per token over the vocabulary, a chunk of rows at a
 time.
 
-The gradient in the policy's logits is ``p_policy - p_reference``, so ``dKL/dhidden`` is formed in
-the forward while the chunk's logits are there; the backward scales it, and recomputes chunks for
-the gradient of a trainable head. The products are those of ``fastpref.linear``; the row kernels see
-one head and are of no use here.
+The gradient in the policy's logits is ``p - r``. Formed before the product, not as a difference of
+two products, it is right where the two models are close; so the maximum and the sum of a row must be
+known first, and a chunk holds its logits over all of the vocabulary. Per tile of it a product and
+the sweep of ``fastpref.linear``; then one kernel gives KL and gradient. ``dKL/dhidden`` is formed in
+the forward; the backward scales it, and recomputes chunks for the gradient of a trainable head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref import checks
+from fastpref import backends, checks, reference
 from fastpref.library import differentiable, fake, op
+from fastpref.linear import new_state
 from fastpref.operands import compute_dtype, mm, multiplies_low
+from fastpref.projection import whole_rows
 from fastpref.registered import refuse_second_derivative
-from fastpref.schedule import DEFAULT_BUDGET
+from fastpref.schedule import DEFAULT_BUDGET, plan
+from fastpref.scratch import nbytes, scratch
 
 REF_NAMES = checks.Names("ref_hidden", "ref_weight", "hidden's rows", "ref_bias")
-_SLICE = 4096
-# Chunk-sized fp32 buffers alive at once: logits, both log-softmaxes, and what a KL makes of them.
-_BUFFERS = 7
+_SMALLEST_CHUNK = 16
+_ALIGNED = 64
+"""Columns of which a row of logits takes a multiple, so that kernels read it in whole vectors."""
 
 
-def _rows(vocab_size: int, dtype: torch.dtype, device: str, memory_budget: int | None) -> int:
-    """Rows of a chunk whose logits fit the budget."""
-    budget = DEFAULT_BUDGET["cpu" if device == "cpu" else "cuda"]
-    budget = budget if memory_budget is None else memory_budget
-    return max(16, budget // (_BUFFERS * vocab_size * compute_dtype(dtype).itemsize))
+class _Model(NamedTuple):
+    """Hidden states of all rows, and the head."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float
 
 
-def _operand(x: Tensor) -> Tensor:
-    """As the products take it: on a CPU converted to fp32 (float64)."""
-    return x if multiplies_low(x.dtype, x.device) else x.to(compute_dtype(x.dtype))
+class _Chunk(NamedTuple):
+    """What the row kernels leave of a chunk of rows."""
+
+    rows: slice
+    kl: Tensor
+    """KL of the rows."""
+    operand: Tensor
+    """``S (p - r)`` times the slope of the cap, ``(n, V)``, as the products take it."""
+    shared: Tensor
+    """S of the rows."""
+    logits: Tensor
+    """Memory of the operand's shape in the compute dtype, no longer needed; may be the operand."""
 
 
-def _slices(weight: Tensor) -> list[slice]:
-    """Parts of the vocabulary that are converted, and multiplied, at a time."""
-    size = weight.shape[0] if _operand(weight[:0]).dtype == weight.dtype else _SLICE
-    return [slice(v, v + size) for v in range(0, weight.shape[0], size)]
+class _Pass:
+    """A pass over the rows of two models, a chunk at a time."""
+
+    def __init__(
+        self, policy: _Model, reference: _Model, backend: str, memory_budget: int | None
+    ) -> None:
+        hidden, weight = policy.hidden, policy.weight
+        self.policy, self.reference = policy, reference
+        self.kernels = backends.select(backend, hidden)
+        self.dtype = compute_dtype(hidden.dtype)
+        self.device = hidden.device
+        self.size = weight.shape[0]
+        width = -(-self.size // _ALIGNED) * _ALIGNED
+        self.mixed = multiplies_low(hidden.dtype, self.device)
+        converts = hidden.dtype != self.dtype and not self.mixed
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        budget = DEFAULT_BUDGET[kind] if memory_budget is None else memory_budget
+        each = width * (2 * self.dtype.itemsize + (hidden.element_size() if self.mixed else 0))
+        self.rows = min(max(_SMALLEST_CHUNK, budget // each), hidden.shape[0])
+        p = plan(self.rows, *weight.shape, hidden.element_size(), kind, memory_budget)
+        self.tiles = p.tiles(self.size)
+        widest = max(weight.shape[1], reference.weight.shape[1])
+        self.buffers = [
+            (self.rows * width, self.dtype),
+            (self.rows * width, self.dtype),
+            (self.rows * width if self.mixed else 0, hidden.dtype),
+            (self.rows * widest, hidden.dtype if self.mixed else self.dtype),
+            (p.tile * widest if converts else 0, self.dtype),
+            (self.rows * weight.shape[1], self.dtype),
+        ]
+
+    def chunks(self, with_grad: bool) -> Iterator[_Chunk]:
+        """KL, and with a gradient its operand, of each chunk."""
+        with scratch(self.device, nbytes(*(n * d.itemsize for n, d in self.buffers))) as arena:
+            mine, theirs, low, self.row_buffer, self.tile_buffer, self.sums = (
+                arena.take(n, dtype=d) for n, d in self.buffers
+            )
+            for start in range(0, self.policy.hidden.shape[0], max(self.rows, 1)):
+                rows = slice(start, min(start + self.rows, self.policy.hidden.shape[0]))
+                z, state = self._logits(mine, self.policy, rows)
+                r, ref_state = self._logits(theirs, self.reference, rows)
+                operand = self._shaped(low, len(z)) if self.mixed else z
+                kl = z.new_zeros(len(z))
+                self.kernels.kl_tile_(
+                    *(z, r, operand if with_grad else None, state, ref_state),
+                    *(_wide(self.policy.bias, z), _wide(self.reference.bias, z)),
+                    *(self.policy.scale, self.policy.softcap),
+                    *(self.reference.scale, self.reference.softcap, kl),
+                )
+                yield _Chunk(rows, kl, operand, torch.minimum(state[1], ref_state[1]), z)
+
+    def _shaped(self, buffer: Tensor, n: int) -> Tensor:
+        width = buffer.numel() // self.rows
+        return buffer[: n * width].view(n, width)[:, : self.size]
+
+    def _logits(self, buffer: Tensor, model: _Model, rows: slice) -> tuple[Tensor, Tensor]:
+        """Raw products of a chunk with all of the vocabulary; M and R of its rows."""
+        h = self.as_operand(model.hidden[rows], self.row_buffer)
+        z, bias = self._shaped(buffer, len(h)), _wide(model.bias, buffer)
+        state = new_state(len(h), z)
+        nobody = torch.full((len(h),), self.size, device=self.device)
+        for start, end in self.tiles:
+            tile = z[:, start:end]
+            mm(tile, h, self.tile_of(model.weight, start, end).t())
+            self.kernels.sweep_(
+                *(tile, None, state, None, None, nobody),
+                *(None if bias is None else bias[start:end], start),
+                *(model.scale, model.softcap, False),
+            )
+        return z, state
+
+    def as_operand(self, x: Tensor, buffer: Tensor) -> Tensor:
+        """As the products take it: on a CPU converted to fp32 (float64)."""
+        if x.dtype == self.dtype or self.mixed:
+            return x
+        return buffer[: x.numel()].view(x.shape).copy_(x)
+
+    def tile_of(self, weight: Tensor, start: int, end: int) -> Tensor:
+        """Rows of the weight as an operand."""
+        return self.as_operand(weight[start:end], self.tile_buffer)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float) -> Tensor:
-    x = _operand(x)
-    z = x.new_empty((x.shape[0], weight.shape[0]), dtype=compute_dtype(x.dtype))
-    for part in _slices(weight):
-        mm(z[:, part], x, _operand(weight[part]).t())
-    z = (z if bias is None else z.add_(bias)).mul_(scale)
-    return z.div_(cap).tanh_().mul_(cap) if cap else z
-
-
-def _chunk(
-    policy: tuple[Tensor, Tensor, Tensor | None, float, float],
-    reference: tuple[Tensor, Tensor, Tensor | None, float, float],
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """KL of a chunk of rows, and its gradient in the raw product ``hidden @ weight.T + bias``."""
-    z = _logits(*policy)
-    log_p, log_r = z.log_softmax(-1), _logits(*reference).log_softmax(-1)
-    r = log_r.exp()
-    # a token the reference rules out adds nothing, whatever the policy thinks of it
-    kl = torch.where(r == 0.0, 0.0, r * (log_r - log_p)).sum(-1)
-    if not with_grad:
-        return kl, kl
-    grad = log_p.exp().sub_(r)
-    *_, scale, cap = policy
-    if cap:
-        grad.mul_(z.div_(cap).square_().neg_().add_(1.0))
-    return kl, grad.mul_(scale)
+def _wide(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)
 
 
 @op("linear_token_kl")
@@ -85,24 +153,24 @@ def _forward(
     softcap: float,
     ref_scale: float,
     ref_softcap: float,
+    backend: str,
     memory_budget: int | None,
     need_hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    n, wide = hidden.shape[0], compute_dtype(hidden.dtype)
-    kl = hidden.new_empty((n,), dtype=wide)
-    unit = hidden.new_empty((n if need_hidden_grad else 0, hidden.shape[1]))
-    step = _rows(weight.shape[0], hidden.dtype, hidden.device.type, memory_budget)
-    for a in range(0, n, step):
-        rows = slice(a, a + step)
-        policy = (hidden[rows], weight, bias, scale, softcap)
-        reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
-        kl[rows], grad = _chunk(policy, reference, need_hidden_grad)
+    policy = _Model(hidden, weight, bias, scale, softcap)
+    reference = _Model(ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap)
+    work = _Pass(policy, reference, backend, memory_budget)
+    kl = hidden.new_empty((hidden.shape[0],), dtype=work.dtype)
+    unit = hidden.new_empty((hidden.shape[0] if need_hidden_grad else 0, hidden.shape[1]))
+    for chunk in work.chunks(need_hidden_grad):
+        kl[chunk.rows] = chunk.kl
         if need_hidden_grad:
-            total = grad.new_empty((grad.shape[0], hidden.shape[1]))
-            for i, part in enumerate(_slices(weight)):
-                w = _operand(weight[part])
-                mm(total, grad[:, part].to(w.dtype), w, accumulate=i > 0)
-            unit[rows] = total
+            out = unit[chunk.rows]
+            total = out if out.dtype == work.dtype else work.sums[: out.numel()].view(out.shape)
+            for start, end in work.tiles:
+                w = work.tile_of(weight, start, end)
+                mm(total, chunk.operand[:, start:end], w, accumulate=start > 0)
+            work.kernels.scale_rows_(out, total, scale / chunk.shared)
     return kl, unit
 
 
@@ -128,22 +196,27 @@ def _head_gradients(
     softcap: float,
     ref_scale: float,
     ref_softcap: float,
+    backend: str,
     memory_budget: int | None,
 ) -> tuple[Tensor, Tensor]:
-    n, wide = hidden.shape[0], compute_dtype(hidden.dtype)
-    dweight = hidden.new_empty(weight.shape, dtype=wide)
+    policy = _Model(hidden, weight, bias, scale, softcap)
+    reference = _Model(ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap)
+    work = _Pass(policy, reference, backend, memory_budget)
+    dweight = hidden.new_empty(weight.shape, dtype=work.dtype)
     dbias = dweight.new_zeros(weight.shape[0])
-    step = _rows(weight.shape[0], hidden.dtype, hidden.device.type, memory_budget)
-    for a in range(0, n, step):
-        rows = slice(a, a + step)
-        policy = (hidden[rows], weight, bias, scale, softcap)
-        reference = (ref_hidden[rows], ref_weight, ref_bias, ref_scale, ref_softcap)
-        _, dz = _chunk(policy, reference, True)
-        dz.mul_(grad[rows, None])
-        h = _operand(hidden[rows])
-        mm(dweight, dz.t().to(h.dtype), h, accumulate=a > 0)
-        dbias.add_(dz.sum(0))
-    if n == 0:
+    for chunk in work.chunks(True):
+        factor = scale * grad[chunk.rows] / chunk.shared
+        h = hidden[chunk.rows]
+        scaled = work.row_buffer[: h.numel()].view(h.shape)
+        work.kernels.scale_rows_(scaled, h, factor)
+        for start, end in work.tiles:
+            operand = chunk.operand[:, start:end]
+            mm(dweight[start:end], operand.t(), scaled, accumulate=chunk.rows.start > 0)
+            wide = chunk.logits[:, start:end]
+            if work.mixed:
+                wide.copy_(operand)
+            dbias[start:end].addmv_(wide.t(), factor)
+    if hidden.shape[0] == 0:
         dweight.zero_()
     return dweight.to(weight.dtype), dbias.to(weight.dtype)
 
@@ -167,7 +240,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     dweight = dbias = None
     if need_weight or need_bias:
         dweight, dbias = _head_gradients(grad, *inputs, *ctx.options)
-    return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 9
+    return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 10
 
 
 differentiable(_forward, _differentiate, _save)
@@ -185,6 +258,7 @@ def linear_token_kl(
     softcap: float | None = None,
     ref_scale: float | None = None,
     ref_softcap: float | None = None,
+    backend: str = "auto",
     memory_budget: int | None = None,
 ) -> Tensor:
     """KL(reference || policy) of the next-token distributions, in nats, without ``[tokens,
@@ -205,6 +279,7 @@ def linear_token_kl(
         softcap: Soft cap of the policy's logits, or None.
         ref_scale: Multiplies the reference's logits; None takes ``scale``.
         ref_softcap: Soft cap of the reference's logits; None takes ``softcap``.
+        backend: As in :func:`fastpref.linear_logprobs`.
         memory_budget: Bytes for the logits of a chunk of rows. Default 1 GiB on CUDA, 256 MiB on
             CPU.
 
@@ -233,20 +308,33 @@ def linear_token_kl(
     )
     for cap in (softcap, ref_softcap):
         checks.check_options(cap, memory_budget)
-    checks.no_tangents(hidden, weight, bias)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight: expected {weight.shape[0]} rows as weight, got {ref_weight.shape[0]}: "
             "the two models must share a vocabulary"
         )
+    ref_scale = scale if ref_scale is None else ref_scale
+    ref_softcap = softcap if ref_softcap is None else ref_softcap
+    if backend == "reference":
+        return reference.linear_token_kl(
+            *(hidden, weight, ref_hidden, ref_weight, bias, ref_bias),
+            *(scale, softcap, ref_scale, ref_softcap),
+        )
+    checks.no_tangents(hidden, weight, bias)
     kl, _ = _forward(
-        *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
-        *(ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias),
-        *(float(scale), float(softcap or 0.0)),
-        float(scale if ref_scale is None else ref_scale),
-        float((softcap if ref_softcap is None else ref_softcap) or 0.0),
-        memory_budget,
+        *_rows_of(hidden, weight, bias),
+        *_rows_of(ref_hidden, ref_weight, ref_bias),
+        *(float(scale), float(softcap or 0.0), float(ref_scale), float(ref_softcap or 0.0)),
+        *(backend, memory_budget),
         hidden.requires_grad and torch.is_grad_enabled(),
     )
     result: Tensor = kl.view(hidden.shape[:-1])
     return result
+
+
+def _rows_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flat, in the layout that kernels read."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return whole_rows(flat), whole_rows(weight), None if bias is None else bias.contiguous()

@@ -3,13 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numerics import cap_slope, exp_nonpositive, log1p_unit
-
-
-@triton.jit
-def _weigh(p, x):
-    """``p * x`` where a probability of 0 wins over an infinite x."""
-    return tl.where(p == 0.0, 0.0, p * x)
+from .numerics import cap_slope, exp_nonpositive, log1p_unit, weigh
 
 
 @triton.jit(
@@ -82,7 +76,7 @@ def combine_kernel(
         log_other = 0.0 - (tl.where(a < 0.0, -a, 0.0) + tail)
         weighted = tl.load(state + 4 * state_stride)
         squares = tl.load(state + 5 * state_stride)
-        entropy = _weigh(p, b_logp) + _weigh(other, log_other - log_sum) + _weigh(b_coef, weighted)
+        entropy = weigh(p, b_logp) + weigh(other, log_other - log_sum) + weigh(b_coef, weighted)
         lse = tl.where(a < 0.0, z_target - b_logp, (max_other + log_sum) - log_other)
         top1 = (z_target >= max_other).to(lse.dtype)
         mean = tl.load(state + 3 * state_stride) / vocab_size.to(lse.dtype)

@@ -71,3 +71,9 @@ def cap_slope(z, softcap):
     cap = tl.cast(softcap, z.dtype)
     inverse = 1.0 / cap
     return ((cap - z) * inverse) * ((cap + z) * inverse)
+
+
+@triton.jit
+def weigh(p, x):
+    """``p * x`` where a probability of 0 wins over an infinite x."""
+    return tl.where(p == 0.0, 0.0, p * x)

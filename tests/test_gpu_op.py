@@ -24,6 +24,7 @@ from fastpref import (
     measure,
     operands,
     peers,
+    token_kl,
 )
 from fastpref.bench import DTYPES
 from fastpref.costs import HEADS, SCHEDULES, Head
@@ -165,6 +166,48 @@ def test_the_schedule_with_the_products_of_a_gpu(
     problem = hostile.make(37, 18, 5003, dtype, bias=True, seed=3)
     options = {"backend": backend, "memory_budget": budget, "softcap": softcap}
     hostile.compare(problem, dtype, **options)
+
+
+@pytest.mark.parametrize(("device", "backend"), ON_CPU)
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("dtype", LOW[1:], ids=str)
+def test_token_kl_with_the_products_of_a_gpu(monkeypatch, device, backend, budget, dtype):
+    monkeypatch.setattr(token_kl, "multiplies_low", lambda dtype, device: dtype in LOW[1:])
+    monkeypatch.setattr(token_kl, "mm", as_on_a_gpu)
+    check_token_kl(device, backend, dtype, budget, 5.0)
+
+
+@cases("dtype budget softcap", list(itertools.product(LOW, (None, 0), (None, 5.0))))
+def test_token_kl(device, backend, dtype, budget, softcap):
+    check_token_kl(device, backend, dtype, budget, softcap)
+
+
+def check_token_kl(device, backend, dtype, budget, softcap):
+    """Value and gradients against materialised float64."""
+    h, w, rh, rw = (
+        torch.randn(*shape, device=device).to(dtype)
+        for shape in ((60, 24), (3001, 24), (60, 32), (3001, 32))
+    )
+    bias = torch.randn(3001, device=device).to(dtype)
+    leaves, results = [h, w, bias], []
+    upstream = torch.randn(60, device=device)
+    for name, wide in ((backend, False), ("reference", True)):
+        mine = [x.double() if wide else x.clone() for x in leaves]
+        mine = [x.requires_grad_() for x in mine]
+        other = [x.double() if wide else x for x in (rh, rw)]
+        kl = token_kl.linear_token_kl(
+            *(*mine[:2], *other),
+            bias=mine[2],
+            scale=0.3,
+            softcap=softcap,
+            memory_budget=budget,
+            backend=name,
+        )
+        results.append([kl, *torch.autograd.grad((kl * upstream).sum(), mine)])
+    (kl, *gradients), (truth, *true_gradients) = results
+    torch.testing.assert_close(kl.double(), truth, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, true_gradients, strict=True):
+        assert float((got.double() - want).norm() / want.norm()) <= GRADIENT_LIMIT[dtype]
 
 
 def inputs(device: str, n: int = 300, h: int = 64, v: int = 9001) -> tuple[Tensor, Tensor, Tensor]:

@@ -241,3 +241,81 @@ def test_the_op_on_these_kernels(kernels, device, monkeypatch, softcap, bias, bu
     for i, (name, a, t) in enumerate(zip(names, got, truth, strict=False)):
         eps = 5e-6 if dtype == torch.float32 or i < 6 else 1.2e-2
         assert_close(a, t, eps, eps * float(t.abs().max()) if i >= 6 else eps, name)
+
+
+def kl_case(kernels, z, r, *, dtype=None, bias=None, ref_bias=None, cap=0.0, ref_cap=0.0):
+    """KL, gradient and S of whole rows in two tiles, as the op calls the kernels."""
+    n, width = z.shape
+    states, nobody = [], torch.full((n,), width, device=z.device)
+    for raw, b, scale, softcap in ((z, bias, 0.5, cap), (r, ref_bias, 0.7, ref_cap)):
+        state = torch.zeros(6, n, dtype=raw.dtype, device=raw.device)
+        state[0], state[2] = -INF, NAN
+        before = raw.clone()
+        kernels.sweep_(raw, None, state, None, None, nobody, b, 0, scale, softcap, False)
+        torch.testing.assert_close(raw, before, rtol=0, atol=0, equal_nan=True)  # it is needed again
+        states.append(state)
+    kl, grads = z.new_zeros(n), []
+    for first, last in itertools.pairwise((0, width // 3, width)):
+        part = slice(first, last)
+        tile = z.new_full((n, last - first + 3), NAN)[:, : last - first].copy_(z[:, part])
+        out = tile if dtype is None else torch.full_like(tile, NAN, dtype=dtype)
+        b, c = (None if x is None else x[part] for x in (bias, ref_bias))
+        kernels.kl_tile_(tile, r[:, part], out, *states, b, c, 0.5, cap, 0.7, ref_cap, kl)
+        grads.append(out)
+    shared = torch.minimum(states[0][1], states[1][1])
+    return kl, torch.cat(grads, 1), shared
+
+
+def kl_truth(z, r, *, bias=None, ref_bias=None, cap=0.0, ref_cap=0.0):
+    logits, slope = [], 1.0
+    for raw, b, scale, softcap in ((r, ref_bias, 0.7, ref_cap), (z, bias, 0.5, cap)):
+        x = scale * (raw.double() + (0.0 if b is None else b.double()))
+        slope = 1.0 / (x / softcap).cosh() ** 2 if softcap else 1.0
+        logits.append(softcap * (x / softcap).tanh() if softcap else x)
+    log_r, log_p = (x.log_softmax(1) for x in logits)
+    r = log_r.exp()
+    kl = torch.where(r == 0.0, 0.0, r * (log_r - log_p)).sum(1)
+    return kl, (log_p.exp() - r) * slope
+
+
+@on_device
+@pytest.mark.parametrize("width", [7, 900, 4099])
+@pytest.mark.parametrize(("cap", "ref_cap"), [(0.0, 0.0), (20.0, 0.0), (3.0, 9.0)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_kl_of_a_tile(kernels, device, width, cap, ref_cap, dtype):
+    z, r = (torch.randn(5, width, device=device) * s for s in (3.0, 2.0))
+    r[1] = z[1] * 0.5 / 0.7 + 1e-3 * torch.randn(width, device=device)  # close
+    z[2, 3] = 60.0  # both peaked, at different tokens
+    r[2, 5] = 60.0
+    options = {"cap": cap, "ref_cap": ref_cap}
+    if width == 900:
+        options |= {"bias": torch.randn(width, device=device)}
+    if width == 4099:
+        options |= {"ref_bias": torch.randn(width, device=device)}
+    kl, out, shared = kl_case(kernels, z, r, dtype=dtype, **options)
+    true_kl, truth = kl_truth(z, r, **options)
+    assert_close(kl, true_kl, 3e-6, 3e-6, "kl")
+    assert (out.abs() <= 1.0).all()
+    rounding = {None: 2e-6, torch.bfloat16: 2**-7 * ROUNDING, torch.float16: 2**-10 * ROUNDING}
+    absolute = 2e-6 if dtype is not torch.float16 else 3e-6
+    # entries near 0 are differences of probabilities that are good to a few ulp
+    assert_close(out, truth * shared[:, None].double(), rounding[dtype], absolute, "gradient")
+
+
+@on_device
+def test_kl_of_equal_and_hostile_rows(kernels, device):
+    z = torch.randn(6, 300, device=device)
+    z[1, 7] = -INF
+    kl, out, _ = kl_case(kernels, z, z * (0.5 / 0.7))
+    assert kl.abs().max() < 1e-5  # the scales differ: equal only up to rounding
+    r = z * (0.5 / 0.7)
+    r[0, 4] = -INF  # ruled out by the reference alone
+    z[2, 9] = -INF  # by the policy alone
+    z[3, 11], r[4, 0] = NAN, NAN
+    z[5] = -INF
+    kl, out, shared = kl_case(kernels, z, r)
+    true_kl, truth = kl_truth(z, r)
+    assert kl[2] == INF
+    assert kl[3:].isnan().all()
+    assert_close(kl, true_kl, 3e-6, 3e-6, "kl")
+    assert_close(out[:3], (truth * shared[:, None].double())[:3], 2e-6, 2e-6, "gradient")

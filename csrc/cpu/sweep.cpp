@@ -2,44 +2,19 @@
 // behind.
 //
 // A row is read once, into a buffer that stays in the L1 cache for the three passes over it:
-// logits, maximum, exp and sums. The buffer is padded to whole blocks of lanes; -inf in the padding
-// and in the target's column makes their E exactly 0, so that no inner loop has a branch or a tail.
-#include "../row_math.h"
-#include "rows.h"
+// logits, maximum, exp and sums. -inf in the padding of the buffer and in the target's column makes
+// their E exactly 0.
+#include "lanes.h"
 
 namespace fastpref {
 namespace {
 
-constexpr int64_t kLanes = 64;  // partial sums of a row: exact enough, and wide enough for any ISA
-
 template <class c>
 struct Tile {
-  const c* bias;
+  ToLogits<c> to;
   int64_t width;
-  c scale, softcap;
   bool with_stats, stores;
 };
-
-template <class c>
-FASTPREF_INLINE c reduce_sum(c* lane) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
-}
-
-template <class c, bool kCapped>
-FASTPREF_INLINE void logits(c* z, const c* x, const Tile<c>& tile) {
-  const c scale = tile.scale, cap = tile.softcap, inverse = kCapped ? c(1) / cap : c(0);
-  const c* bias = tile.bias;
-  if (bias != nullptr) {
-    for (int64_t j = 0; j < tile.width; ++j)
-      z[j] = logit<c, kCapped>(x[j], bias[j], scale, cap, inverse);
-  } else {
-    for (int64_t j = 0; j < tile.width; ++j)
-      z[j] = logit<c, kCapped>(x[j], c(0), scale, cap, inverse);
-  }
-}
 
 template <class c>
 FASTPREF_INLINE c sum_of(const c* z, int64_t padded) {
@@ -88,20 +63,11 @@ FASTPREF_INLINE void exponentials(c* z, int64_t padded, Row<c>& row) {
   }
 }
 
-// z, which holds E, becomes G = E * slope of the cap; 0 stays 0 where the slope is not a number.
-template <class c>
-FASTPREF_INLINE void times_slope(c* z, const c* x, const Tile<c>& tile) {
-  for (int64_t j = 0; j < tile.width; ++j) {
-    const c b = tile.bias != nullptr ? tile.bias[j] : c(0);
-    z[j] = weigh(z[j], cap_slope_of_raw(tile.scale * (x[j] + b), tile.softcap));
-  }
-}
-
 template <class c, bool kCapped, bool kStats>
 FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& tile, Row<c>& row) {
-  const int64_t width = tile.width, padded = (width + kLanes - 1) / kLanes * kLanes;
+  const int64_t width = tile.width, padded = padded_to_lanes(width);
   const bool has_target = target >= 0 && target < width;
-  logits<c, kCapped>(z, x, tile);
+  logits<c, kCapped>(z, x, width, tile.to);
   if (has_target) row.target = z[target];
   if constexpr (kStats) {
     std::fill(z + width, z + padded, c(0));
@@ -111,7 +77,8 @@ FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& 
   if (has_target) z[target] = -std::numeric_limits<c>::infinity();
   const c shrink = raise_max(row, max_of(z, padded));
   exponentials<c, kStats>(z, padded, row);
-  if (kCapped && tile.stores) times_slope(z, x, tile);
+  // z, which holds E, becomes G = E * slope of the cap
+  if (kCapped && tile.stores) times_slope(z, x, width, tile.to);
   return shrink;
 }
 
@@ -120,7 +87,7 @@ FASTPREF_INLINE c sweep_row_as(c* z, const c* x, int64_t target, const Tile<c>& 
 // One row: z, a padded buffer, receives G, if it is stored. Returns the factor of acc.
 template <class c>
 FASTPREF_CLONES c sweep_row(c* z, const c* x, int64_t target, const Tile<c>& tile, Row<c>& row) {
-  if (tile.softcap > c(0)) {
+  if (tile.to.softcap > c(0)) {
     return tile.with_stats ? sweep_row_as<c, true, true>(z, x, target, tile, row)
                            : sweep_row_as<c, true, false>(z, x, target, tile, row);
   }
@@ -175,8 +142,8 @@ void sweep(const Tensor& tile, const OptionalTensor& out, const Tensor& state,
                   "state and acc: must have the dtype of tile");
   with_compute_type(x.dtype, [&](auto zero) {
     using c = decltype(zero);
-    const Tile<c> shape{
-        vector<c>(bias, "bias", width), width, c(scale), c(softcap), with_stats, bool(g)};
+    const ToLogits<c> to{vector<c>(bias, "bias", width), c(scale), c(softcap)};
+    const Tile<c> shape{to, width, with_stats, bool(g)};
     run<c>(x, g, s, vector<c>(offset, "offset", n), a, y, start, shape);
   });
 }

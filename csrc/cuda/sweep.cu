@@ -9,8 +9,8 @@ namespace fastpref {
 namespace {
 
 constexpr int kMaxThreads = 512;
-constexpr int kThreadBytes = 256;  // of a row, held in the registers of one thread
-constexpr int kVectors = kThreadBytes / 16;
+// Bytes of a row that one thread holds in registers; the arithmetic of fp64 needs more beside them.
+constexpr int thread_bytes(int64_t item_bytes) { return item_bytes == 8 ? 128 : 256; }
 
 // How a tile is cut: `slices` of `width` columns, one after the other, a block of `threads` on each
 // row of a slice.
@@ -21,8 +21,8 @@ struct Shape {
 
 // Few slices, alike, each as wide as a block can hold; the least threads that hold one.
 constexpr Shape shape_for(int64_t width, int64_t item_bytes, int64_t shared_limit) {
-  const int64_t most = std::min<int64_t>(kMaxThreads, shared_limit / kThreadBytes / kWarp * kWarp);
-  const int64_t per_thread = kThreadBytes / item_bytes;
+  const int64_t bytes = thread_bytes(item_bytes), per_thread = bytes / item_bytes;
+  const int64_t most = std::min<int64_t>(kMaxThreads, shared_limit / bytes / kWarp * kWarp);
   const int64_t slices = ceil_div(width, most * per_thread);
   const int threads = threads_for(ceil_div(ceil_div(width, slices), per_thread), kMaxThreads);
   return {threads * per_thread, slices, threads};
@@ -40,7 +40,7 @@ static_assert(cut(8192, 4, kHopper, 8192, 1, 128));
 static_assert(cut(8193, 4, kHopper, 10240, 1, 160));
 static_assert(cut(50, 4, kHopper, 2048, 1, 32));
 static_assert(cut(32769, 4, kHopper, 18432, 2, 288));
-static_assert(cut(32768, 8, kHopper, 16384, 2, 512));
+static_assert(cut(32768, 8, kHopper, 8192, 4, 512));
 static_assert(cut(32768, 4, kConsumer, 16384, 2, 256));
 
 template <class c>
@@ -59,7 +59,7 @@ struct Sweep {
 // them all.
 template <class c>
 struct Share {
-  static constexpr int kLane = 16 / sizeof(c);
+  static constexpr int kLane = 16 / sizeof(c), kVectors = thread_bytes(sizeof(c)) / 16;
   using Values = c[kVectors][kLane];
 
   int first, rest;  // its first column, and the columns from there to the end of the row
@@ -126,7 +126,7 @@ struct Shared {
 template <class c, bool kCapped>
 __device__ __forceinline__ c read_logits(typename Share<c>::Values& z, const Share<c>& share,
                                          const Sweep<c>& a, int64_t i, int64_t local) {
-  constexpr int kLane = Share<c>::kLane;
+  constexpr int kLane = Share<c>::kLane, kVectors = Share<c>::kVectors;
   const c inverse = kCapped ? c(1) / a.softcap : c(0);
   c sum = 0;
   __pipeline_wait_prior(0);
@@ -170,7 +170,7 @@ __device__ __forceinline__ c raise_row(const typename Share<c>::Values& z, Share
                                        Row<c> row) {
   c highest[1] = {-std::numeric_limits<c>::infinity()};
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
+  for (int k = 0; k < Share<c>::kVectors; ++k) {
 #pragma unroll
     for (int e = 0; e < Share<c>::kLane; ++e) highest[0] = Max()(highest[0], z[k][e]);
   }
@@ -202,7 +202,7 @@ __device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&s
                                              c softcap) {
   const c shift = shift_of(max);
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
+  for (int k = 0; k < Share<c>::kVectors; ++k) {
 #pragma unroll
     for (int e = 0; e < Share<c>::kLane; ++e) {
       const c x = clamp_exponent(z[k][e] - shift);
@@ -221,7 +221,7 @@ __device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&s
 // sweep_ of one slice of a tile, as RowKernels.sweep_ in fastpref/backends/__init__.py defines it.
 //
 // One thread block: one row after the other, every gridDim.x-th. The row's logits stay in
-// registers, 256 bytes a thread, from the read to the write; the next row is copied to shared
+// registers, 256 bytes a thread (fp64: 128), from the read to the write; the next row is copied to shared
 // memory meanwhile, so that memory does not wait for the arithmetic.
 // Bytes: n * w * sizeof(c) read, n * w * sizeof(out) written; acc read and written where M grew.
 // Why this shape: 512 threads hold a row of 32,768 fp32 in half of a multiprocessor's registers,
@@ -302,7 +302,7 @@ void run(const Launch& launch, const Sweep<c>& whole, bool with_stats) {
       shape_for(whole.tile.cols, sizeof(c),
                 launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kStatic);
   const auto kernel = kernel_for<c>(whole.softcap > c(0), with_stats);
-  const size_t bytes = static_cast<size_t>(shape.threads) * kThreadBytes;
+  const size_t bytes = static_cast<size_t>(shape.threads) * thread_bytes(sizeof(c));
   const int64_t blocks = launch.resident_blocks(kernel, shape.threads, bytes);
   const auto slices = [&](bool only_raise) {
     for (int64_t first = 0; first < whole.tile.cols; first += shape.width) {

@@ -92,7 +92,7 @@ class RowKernels(Protocol):
 
         Args:
             tile: ``hidden @ weight[start:start + w].T``. Shape ``(n, w)``, dtype ``c``. May be
-                overwritten.
+                overwritten, unless ``out`` is None.
             out: None, or ``tile`` itself, or a tensor ``(n, w)`` of a lower dtype. Receives
                 ``G = exp(z - M) * (1 - (z / softcap)^2)``, M after this tile; 0 in the target's
                 column and in ignored rows. Without softcap the second factor is 1.
@@ -144,6 +144,44 @@ class RowKernels(Protocol):
             q: ``(n,)`` in ``c``.
             coef: ``(n,)`` in ``c``.
             stats: None, or ``(5, n)`` in ``c``: entropy, lse, top1, logit_mean, log_sum_sq_probs.
+        """
+        ...
+
+    def kl_tile_(
+        self,
+        tile: Tensor,
+        ref_tile: Tensor,
+        out: Tensor | None,
+        state: Tensor,
+        ref_state: Tensor,
+        bias: Tensor | None,
+        ref_bias: Tensor | None,
+        scale: float,
+        softcap: float,
+        ref_scale: float,
+        ref_softcap: float,
+        kl: Tensor,
+    ) -> None:
+        """Add a tile's share of KL(reference || policy) to its rows, and form its gradient.
+
+        With p and r the probabilities of policy and reference, ``exp(z - M) / R``: ``kl += sum_v
+        r_v (log r_v - log p_v)``, where ``r_v = 0`` adds 0.
+
+        Args:
+            tile: Raw products of the policy. Shape ``(n, w)``, dtype ``c``. May be overwritten.
+            ref_tile: Those of the reference, of the same columns.
+            out: None, or ``tile`` itself, or a tensor ``(n, w)`` of a lower dtype. Receives
+                ``S (p_v - r_v) (1 - (z_v / softcap)^2)`` with ``S = min(R, R_ref)``, so that no
+                entry exceeds 1.
+            state: ``(6, n)``: M and R over the whole vocabulary, no column left out.
+            ref_state: The same of the reference.
+            bias: None, or ``(w,)`` in ``c``.
+            ref_bias: None, or ``(w,)`` in ``c``.
+            scale: Multiplies ``tile + bias``.
+            softcap: As in :meth:`sweep_`.
+            ref_scale: Multiplies ``ref_tile + ref_bias``.
+            ref_softcap: As in :meth:`sweep_`.
+            kl: ``(n,)`` in ``c``.
         """
         ...
 

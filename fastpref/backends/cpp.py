@@ -64,6 +64,7 @@ def _register_fakes() -> None:
     fakes: dict[str, Callable[..., object]] = {
         "sweep_": writes_arguments,
         "combine_": writes_arguments,
+        "kl_tile_": writes_arguments,
         "scale_rows_": writes_arguments,
         "add_target_rows_": writes_arguments,
         "segment_sum": sums,
@@ -111,6 +112,27 @@ def combine_(
     """See :func:`fastpref.backends.RowKernels.combine_`."""
     torch.ops.fastpref.combine_(
         state, targets, vocab_size, softcap, scale, acc, weight, hidden_grad, logp, q, coef, stats
+    )
+
+
+def kl_tile_(
+    tile: Tensor,
+    ref_tile: Tensor,
+    out: Tensor | None,
+    state: Tensor,
+    ref_state: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    kl: Tensor,
+) -> None:
+    """See :func:`fastpref.backends.RowKernels.kl_tile_`."""
+    torch.ops.fastpref.kl_tile_(
+        *(tile, ref_tile, out, state, ref_state, bias, ref_bias),
+        *(scale, softcap, ref_scale, ref_softcap, kl),
     )
 
 

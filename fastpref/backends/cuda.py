@@ -14,6 +14,7 @@ from fastpref.backends import cpp
 from fastpref.backends.cpp import (
     add_target_rows_,
     combine_,
+    kl_tile_,
     pair_margins,
     pair_margins_backward,
     scale_rows_,
@@ -26,6 +27,7 @@ __all__ = [
     "add_target_rows_",
     "available",
     "combine_",
+    "kl_tile_",
     "pair_margins",
     "pair_margins_backward",
     "scale_rows_",

@@ -24,6 +24,17 @@ def why_unavailable() -> str:
     return ""
 
 
+def _logits_(tile: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Logits in the place of raw products."""
+    if bias is not None:
+        tile.add_(bias)
+    if scale != 1.0:
+        tile.mul_(scale)
+    if softcap > 0.0:
+        tile.div_(softcap).tanh_().mul_(softcap)
+    return tile
+
+
 def sweep_(
     tile: Tensor,
     out: Tensor | None,
@@ -40,12 +51,7 @@ def sweep_(
     """See :func:`fastpref.backends.RowKernels.sweep_`."""
     width = tile.shape[1]
     counts = targets >= 0
-    if bias is not None:
-        tile.add_(bias)
-    if scale != 1.0:
-        tile.mul_(scale)
-    if softcap > 0.0:
-        tile.div_(softcap).tanh_().mul_(softcap)
+    tile = _logits_(tile.clone() if out is None else tile, bias, scale, softcap)
     max_old, sum_old = state[0].clone(), state[1].clone()
     local = targets - start
     hit = counts & (local >= 0) & (local < width)
@@ -130,6 +136,39 @@ def combine_(
         other_sq = torch.where(alone, -math.inf, 2.0 * log_coef + state[5].log())
         stats[4] = torch.logaddexp(2.0 * logp, other_sq)
         stats.add_(nan).masked_fill_(ignored[None], 0.0)
+
+
+def _log_probs(z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, in the place of logits, and probabilities."""
+    z -= torch.where(state[0] == -math.inf, 0.0, state[0])[:, None]
+    p = z.exp().div_(state[1, :, None])
+    return z.sub_(state[1].log()[:, None]), p
+
+
+def kl_tile_(
+    tile: Tensor,
+    ref_tile: Tensor,
+    out: Tensor | None,
+    state: Tensor,
+    ref_state: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    kl: Tensor,
+) -> None:
+    """See :func:`fastpref.backends.RowKernels.kl_tile_`."""
+    shared = torch.minimum(state[1], ref_state[1])
+    log_r, r = _log_probs(_logits_(ref_tile.clone(), ref_bias, ref_scale, ref_softcap), ref_state)
+    z = _logits_(tile.clone(), bias, scale, softcap)
+    slope = ((softcap - z) / softcap) * ((softcap + z) / softcap) if softcap > 0.0 else None
+    log_p, p = _log_probs(z, state)
+    kl.add_(torch.where(r == 0.0, 0.0, r * (log_r - log_p)).sum(1))
+    if out is not None:
+        gradient = (p - r).mul_(shared[:, None])
+        out.copy_(gradient if slope is None else gradient.mul_(slope))
 
 
 def scale_rows_(out: Tensor, x: Tensor, factor: Tensor) -> None:

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from fastpref.kernels.combine import combine_kernel
+from fastpref.kernels.kl import kl_tile_kernel
 from fastpref.kernels.rows import add_target_rows_kernel, scale_rows_kernel
 from fastpref.kernels.segments import (
     pair_margins_backward_kernel,
@@ -159,6 +160,56 @@ def combine_(
             HIDDEN=hidden,
             CAPPED=softcap > 0.0,
             **hidden_config(hidden),
+        )
+
+
+def kl_config(width: int) -> dict[str, int]:
+    """Program shape of the KL over rows of ``width`` columns, 4 a thread at a time."""
+    warps = min(max(triton.next_power_of_2(width) // 1024, 1), 8)
+    return {"CHUNK": 128 * warps, "num_warps": warps} | LEAN
+
+
+def kl_tile_(
+    tile: Tensor,
+    ref_tile: Tensor,
+    out: Tensor | None,
+    state: Tensor,
+    ref_state: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    ref_scale: float,
+    ref_softcap: float,
+    kl: Tensor,
+) -> None:
+    """See :func:`fastpref.backends.RowKernels.kl_tile_`."""
+    n, width = tile.shape
+    if tile.numel() == 0:
+        return
+    with _device_of(tile):
+        kl_tile_kernel[(n,)](
+            tile,
+            ref_tile,
+            out,
+            state,
+            ref_state,
+            bias,
+            ref_bias,
+            kl,
+            tile.stride(0),
+            ref_tile.stride(0),
+            0 if out is None else out.stride(0),
+            state.stride(0),
+            ref_state.stride(0),
+            scale,
+            softcap,
+            ref_scale,
+            ref_softcap,
+            WIDTH=width,
+            CAPPED=softcap > 0.0,
+            REF_CAPPED=ref_softcap > 0.0,
+            **kl_config(width),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref import reference, token_kl
+from fastpref import backends, reference, token_kl
 from fastpref.token_kl import linear_token_kl
 
 
@@ -27,6 +27,7 @@ def make(dtype=torch.float64, n=40, v=301):
     ]
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
@@ -34,7 +35,10 @@ def make(dtype=torch.float64, n=40, v=301):
     [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)],
     ids=str,
 )
-def test_value_and_gradients(budget, softcap, dtype, tolerance):
+def test_value_and_gradients(backend, budget, softcap, dtype, tolerance):
+    runs_here(backend)
+    if backend == "reference" and dtype == torch.bfloat16:
+        pytest.skip("its logits are rounded")
     inputs = make(dtype)
     leaves = [inputs[i].requires_grad_() for i in (0, 1, 4)]
     kl = linear_token_kl(
@@ -44,6 +48,7 @@ def test_value_and_gradients(budget, softcap, dtype, tolerance):
         scale=0.6,
         softcap=softcap,
         memory_budget=budget,
+        backend=backend,
     )
     wide = [x.detach().double() for x in inputs]
     truth_leaves = [wide[i].requires_grad_() for i in (0, 1, 4)]
@@ -58,9 +63,71 @@ def test_value_and_gradients(budget, softcap, dtype, tolerance):
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
 
 
-def test_equal_distributions_give_exactly_zero():
-    hidden, weight = make()[:2]
-    assert not linear_token_kl(hidden, weight, hidden, weight).any()
+def runs_here(backend):
+    if backends.status().get(backend, "ok") != "ok":
+        pytest.skip(backends.status()[backend])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_equal_distributions_give_exactly_zero(backend, dtype):
+    runs_here(backend)
+    hidden, weight = make(dtype)[:2]
+    hidden.requires_grad_()
+    kl = linear_token_kl(
+        hidden, weight, hidden.detach(), weight, softcap=9.0, backend=backend
+    )
+    (grad,) = torch.autograd.grad(kl.sum(), hidden)
+    assert not kl.any()
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_that_are_close(backend, dtype):
+    """The gradient is a difference of nearly equal probabilities: no worse than plain torch's."""
+    runs_here(backend)
+    hidden, weight = make(dtype, v=3001)[:2]
+    near = (weight.float() + 1e-2 * torch.randn(weight.shape)).to(dtype)
+    hidden.requires_grad_()
+    found = {}
+    for name in (backend, "reference"):
+        kl = linear_token_kl(hidden, near, hidden.detach(), weight, backend=name)
+        found[name] = (kl, torch.autograd.grad(kl.sum(), hidden)[0])
+    wide = hidden.detach().double().requires_grad_()
+    other, start = near.double(), weight.double()
+    truth = linear_token_kl(wide, other, wide.detach(), start, backend="reference")
+    (gradient,) = torch.autograd.grad(truth.sum(), wide)
+    assert (found[backend][0].double() - truth).abs().max() <= 1e-6
+    error, plain = (
+        float((found[name][1].double() - gradient).norm() / gradient.norm())
+        for name in (backend, "reference")
+    )
+    assert error <= 1.1 * plain + (2e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_any_layout_and_a_row_that_is_not_a_number(backend):
+    runs_here(backend)
+    h, w, rh, rw, b, rb = make(torch.float32)
+    expected = linear_token_kl(h, w, rh, rw, bias=b, ref_bias=rb, backend=backend)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (h, w, rh, rw)]
+    turned[0] = h.transpose(0, 2).contiguous().transpose(0, 2)
+    strided = [x[:, None].expand(-1, 2).contiguous()[:, 0] for x in (b, rb)]
+    got = linear_token_kl(*turned, bias=strided[0], ref_bias=strided[1], backend=backend)
+    assert torch.equal(got, expected)
+    rh[0, 3] = torch.nan
+    got = linear_token_kl(h, w, rh, rw, bias=b, ref_bias=rb, backend=backend)
+    keep = torch.ones_like(got, dtype=torch.bool)
+    keep[0, 3] = False
+    assert got[0, 3].isnan()
+    assert torch.equal(got[keep], expected[keep])
+
+
+def test_an_unknown_backend():
+    h, w, rh, rw, _, _ = make(torch.float32)
+    with pytest.raises(ValueError, match="expected one of"):
+        linear_token_kl(h, w, rh, rw, backend="cupy")
 
 
 def test_a_token_the_reference_rules_out():
@@ -92,7 +159,7 @@ def test_opcheck_and_compile():
     h, w, rh, rw, b, rb = make(torch.float32)
     h, rh = h[0].requires_grad_(), rh[0]
     w.requires_grad_()
-    args = (h, w, b, rh, rw, rb, 0.5, 0.0, 0.5, 0.0, None, True)
+    args = (h, w, b, rh, rw, rb, 0.5, 0.0, 0.5, 0.0, "auto", None, True)
     torch.library.opcheck(token_kl._forward, args)
     args = (torch.randn(20), *(x.detach() for x in args[:6]), *args[6:-1])
     torch.library.opcheck(token_kl._head_gradients, args)
