@@ -98,8 +98,7 @@ def cases() -> Iterator[Case]:
             kl.kl_tile_kernel,
             variant,
             pointers | {"out": out, "bias": bias, "ref_bias": bias},
-            launch.kl_config(128_256)
-            | {"WIDTH": 128_256, "CAPPED": capped, "REF_CAPPED": capped},
+            launch.kl_config(128_256) | {"WIDTH": 128_256, "CAPPED": capped, "REF_CAPPED": capped},
         )
     yield Case(
         rows.scale_rows_kernel, "bf16", {"out": "bf16", "x": "bf16", "factor": "fp32"}, hidden

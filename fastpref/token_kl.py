@@ -2,10 +2,11 @@
 time.
 
 The gradient in the policy's logits is ``p - r``. Formed before the product, not as a difference of
-two products, it is right where the two models are close; so the maximum and the sum of a row must be
-known first, and a chunk holds its logits over all of the vocabulary. Per tile of it a product and
-the sweep of ``fastpref.linear``; then one kernel gives KL and gradient. ``dKL/dhidden`` is formed in
-the forward; the backward scales it, and recomputes chunks for the gradient of a trainable head.
+two products, it is right where the two models are close; so the maximum and the sum of a row must
+be known first, and a chunk holds its logits over all of the vocabulary. Per tile of it a product
+and the sweep of ``fastpref.linear``; then one kernel gives KL and gradient. ``dKL/dhidden`` is
+formed in the forward; the backward scales it, and recomputes chunks for the gradient of a trainable
+head.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class _Pass:
         budget = DEFAULT_BUDGET[kind] if memory_budget is None else memory_budget
         each = width * (2 * self.dtype.itemsize + (hidden.element_size() if self.mixed else 0))
         self.rows = min(max(_SMALLEST_CHUNK, budget // each), hidden.shape[0])
-        p = plan(self.rows, *weight.shape, hidden.element_size(), kind, memory_budget)
+        p = plan(self.rows, self.size, weight.shape[1], hidden.element_size(), kind, memory_budget)
         self.tiles = p.tiles(self.size)
         widest = max(weight.shape[1], reference.weight.shape[1])
         self.buffers = [
@@ -99,10 +100,18 @@ class _Pass:
                 operand = self._shaped(low, len(z)) if self.mixed else z
                 kl = z.new_zeros(len(z))
                 self.kernels.kl_tile_(
-                    *(z, r, operand if with_grad else None, state, ref_state),
-                    *(_wide(self.policy.bias, z), _wide(self.reference.bias, z)),
-                    *(self.policy.scale, self.policy.softcap),
-                    *(self.reference.scale, self.reference.softcap, kl),
+                    z,
+                    r,
+                    operand if with_grad else None,
+                    state,
+                    ref_state,
+                    _wide(self.policy.bias, z),
+                    _wide(self.reference.bias, z),
+                    self.policy.scale,
+                    self.policy.softcap,
+                    self.reference.scale,
+                    self.reference.softcap,
+                    kl,
                 )
                 yield _Chunk(rows, kl, operand, torch.minimum(state[1], ref_state[1]), z)
 
@@ -119,9 +128,9 @@ class _Pass:
         for start, end in self.tiles:
             tile = z[:, start:end]
             mm(tile, h, self.tile_of(model.weight, start, end).t())
+            part = None if bias is None else bias[start:end]
             self.kernels.sweep_(
-                *(tile, None, state, None, None, nobody),
-                *(None if bias is None else bias[start:end], start),
+                *(tile, None, state, None, None, nobody, part, start),
                 *(model.scale, model.softcap, False),
             )
         return z, state

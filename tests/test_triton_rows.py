@@ -252,7 +252,9 @@ def kl_case(kernels, z, r, *, dtype=None, bias=None, ref_bias=None, cap=0.0, ref
         state[0], state[2] = -INF, NAN
         before = raw.clone()
         kernels.sweep_(raw, None, state, None, None, nobody, b, 0, scale, softcap, False)
-        torch.testing.assert_close(raw, before, rtol=0, atol=0, equal_nan=True)  # it is needed again
+        torch.testing.assert_close(
+            raw, before, rtol=0, atol=0, equal_nan=True
+        )  # it is needed again
         states.append(state)
     kl, grads = z.new_zeros(n), []
     for first, last in itertools.pairwise((0, width // 3, width)):

@@ -16,7 +16,9 @@ struct Line {
   ToLogits<c> to;
   c shift, log_sum, factor;  // the probability, up to a factor that both share, is factor * E
 
-  Line from(int64_t column) const { return {z, x + column, to.from(column), shift, log_sum, factor}; }
+  Line from(int64_t column) const {
+    return {z, x + column, to.from(column), shift, log_sum, factor};
+  }
 };
 
 // z becomes log E = logit - M; -inf in the padding.
@@ -80,7 +82,11 @@ struct Model {
   }
 
   Line<c> line(c* z, int64_t i, c shared) const {
-    return {z, static_cast<const c*>(tile.at(i)), to, shift_of(max[i]), std::log(sum[i]),
+    return {z,
+            static_cast<const c*>(tile.at(i)),
+            to,
+            shift_of(max[i]),
+            std::log(sum[i]),
             shared / sum[i]};
   }
 };

@@ -221,12 +221,12 @@ __device__ __forceinline__ void exponentials(typename Share<c>::Values& z, c (&s
 // sweep_ of one slice of a tile, as RowKernels.sweep_ in fastpref/backends/__init__.py defines it.
 //
 // One thread block: one row after the other, every gridDim.x-th. The row's logits stay in
-// registers, 256 bytes a thread (fp64: 128), from the read to the write; the next row is copied to shared
-// memory meanwhile, so that memory does not wait for the arithmetic.
-// Bytes: n * w * sizeof(c) read, n * w * sizeof(out) written; acc read and written where M grew.
-// Why this shape: 512 threads hold a row of 32,768 fp32 in half of a multiprocessor's registers,
-// and the row after it in 128 KiB of shared memory; three barriers a row. A narrower row takes
-// fewer threads, and more blocks share a multiprocessor.
+// registers, 256 bytes a thread (fp64: 128), from the read to the write; the next row is copied to
+// shared memory meanwhile, so that memory does not wait for the arithmetic. Bytes: n * w *
+// sizeof(c) read, n * w * sizeof(out) written; acc read and written where M grew. Why this shape:
+// 512 threads hold a row of 32,768 fp32 in half of a multiprocessor's registers, and the row after
+// it in 128 KiB of shared memory; three barriers a row. A narrower row takes fewer threads, and
+// more blocks share a multiprocessor.
 template <class c, bool kCapped, bool kStats>
 __global__ void __launch_bounds__(kMaxThreads, 1) sweep_kernel(const Sweep<c> a) {
   constexpr int kSums = kStats ? 4 : 1;

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch import Tensor
+from torch import device as Device
 from torch import dtype as DType
 from torch.cuda import get_device_name  # in here `torch` and `cuda` are backends
 from torch.cuda import is_available as sees_gpu
@@ -26,6 +27,8 @@ NAMES = ("cpp", "triton", "cuda", "torch")
 ``fastpref.ops``."""
 
 _CPU = ("cpp", "torch")
+_UNMEASURED = ("triton", "cuda", "torch")
+_NEVER_TIMED = "; never timed on a GPU like this one, so each was tried against plain torch first"
 _MEASURED = Path(__file__).with_name("measured.json")
 """What was measured on GPUs, as ``benchmarks/auto.py`` reads it off the committed rows."""
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -254,31 +257,44 @@ def _order(device_type: str, dtype: str) -> tuple[tuple[str, ...], str]:
     """Backends for a device in the order in which ``auto`` tries them, and where the order is from.
 
     On a GPU that is the measured order of this model of GPU and dtype, or of the nearest that were
-    measured. Plain torch alone runs where no GPU was: what never ran on hardware is not taken
-    unasked.
+    measured; where none was, the compiled kernels, which :func:`explain` then tries first.
     """
     if device_type == "cpu":
         return _CPU, ""
-    if device_type != "cuda" or not _measured():
-        rest = " and ".join(name for name, on in _DEVICES.items() if device_type in on)
-        left = f"; {rest} are not taken unasked until measured on a GPU" if rest else ""
-        return ("torch",), left
+    if device_type != "cuda":
+        return ("torch",), ""
+    if not _measured():
+        return _UNMEASURED, _NEVER_TIMED
     here = get_device_name() if sees_gpu() else ""
     row = max(_measured(), key=lambda row: (row["device"] == here, row["dtype"] == dtype))
     return (*row["order"], "torch"), f", as measured for {row['dtype']} on {row['device']}"
 
 
+@cache
+def _trial(name: str) -> str:
+    """What goes wrong when a backend runs on this GPU; empty where nothing does."""
+    from fastpref.backends.trial import disagreement
+
+    return disagreement(_require(name), Device("cuda"))
+
+
 def explain(device_type: str, dtype: DType) -> tuple[str, str]:
-    """The backend that ``auto`` takes for a device and dtype, and why."""
+    """The backend that ``auto`` takes for a device and dtype, and why.
+
+    On a GPU for which nothing was measured the first call in a process tries the kernels.
+    """
     name_of_dtype = str(dtype).removeprefix("torch.")
     order, source = _order(device_type, _SHORT.get(name_of_dtype, name_of_dtype))
     why: list[str] = []
     for name in order:
         module = _module(name)
-        if not isinstance(module, str):
+        wrong = module if isinstance(module, str) else ""
+        if not wrong and source == _NEVER_TIMED and name != "torch":
+            wrong = _trial(name)
+        if not wrong:
             first = "the first choice" if not why else "; ".join(why)
             return name, f"{first} for {name_of_dtype} on {device_type}{source}"
-        why.append(f"{name} is unavailable: {module}")
+        why.append(f"{name} is unavailable: {wrong}")
     raise AssertionError("plain torch is always available")
 
 

@@ -59,7 +59,7 @@ def sweep_(
     z_target = tile.gather(1, column)[:, 0]
     state[2] = torch.where(hit, z_target, state[2])
     if with_stats:
-        state[3].add_(tile.sum(1))
+        state[3].add_(torch.where(counts, tile.sum(1), 0.0))
     tile.scatter_(1, column, torch.where(hit, -math.inf, z_target)[:, None])
     max_new = torch.where(counts, torch.maximum(max_old, tile.amax(1)), max_old)
     base = torch.where(max_new == -math.inf, 0.0, max_new)

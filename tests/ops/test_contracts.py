@@ -12,6 +12,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastpref import backends, linear, registered, schedule
+from fastpref.backends import torch as plain
+from fastpref.backends import trial
 from fastpref.ops import (
     linear_cross_entropy,
     linear_logprobs,
@@ -326,12 +328,59 @@ def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):
     assert "no compiler" in why
 
 
-def test_auto_says_what_it_leaves_out(monkeypatch):
-    assert "unasked" not in backends.explain("cpu", torch.float32)[1]
+@pytest.mark.parametrize(
+    ("missing", "failing", "expected"),
+    [((), (), "triton"), ((), ("triton",), "cuda"), (("triton",), ("cuda",), "torch")],
+)
+def test_auto_tries_what_was_never_timed(monkeypatch, missing, failing, expected):
+    assert "timed" not in backends.explain("cpu", torch.float32)[1]
     monkeypatch.setattr(backends, "_measured", list)
+    module = backends._module("torch")
+    monkeypatch.setattr(backends, "_module", lambda n: "not built" if n in missing else module)
+    monkeypatch.setattr(backends, "_trial", lambda n: "wrong numbers" if n in failing else "")
     name, why = backends.explain("cuda", torch.bfloat16)
-    assert name == "torch"
-    assert why.endswith("; triton and cuda are not taken unasked until measured on a GPU")
+    assert name == expected
+    assert "never timed on a GPU" in why
+    assert all(f"{name} is unavailable: not built" in why for name in missing)
+    assert all(f"{name} is unavailable: wrong numbers" in why for name in failing)
+
+
+class Broken:
+    """Plain torch with one kernel that is off."""
+
+    def __init__(self, name, wrong):
+        self.name, self.wrong = name, wrong
+
+    def __getattr__(self, name):
+        function = getattr(plain, name)
+        return self.wrong(function) if name == self.name else function
+
+
+def off_in_the_last_row(function):
+    def run(out, *rest):
+        function(out, *rest)
+        (rest[1][1] if function.__name__ == "sweep_" else out)[-1] *= 1.001
+
+    return run
+
+
+def not_launched(function):
+    def run(*_):
+        raise RuntimeError("no kernel image")
+
+    return run
+
+
+def test_the_trial_of_a_backend():
+    here = torch.device("cpu")
+    state = torch.random.get_rng_state()
+    if backends.status()["cpp"] == "ok":
+        assert trial.disagreement(backends._module("cpp"), here) == ""
+    for name in ("sweep_", "combine_", "scale_rows_", "add_target_rows_"):
+        if name != "combine_":
+            assert "AssertionError" in trial.disagreement(Broken(name, off_in_the_last_row), here)
+        assert "no kernel image" in trial.disagreement(Broken(name, not_launched), here)
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 MEASURED = [

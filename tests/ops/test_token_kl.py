@@ -74,9 +74,7 @@ def test_equal_distributions_give_exactly_zero(backend, dtype):
     runs_here(backend)
     hidden, weight = make(dtype)[:2]
     hidden.requires_grad_()
-    kl = linear_token_kl(
-        hidden, weight, hidden.detach(), weight, softcap=9.0, backend=backend
-    )
+    kl = linear_token_kl(hidden, weight, hidden.detach(), weight, softcap=9.0, backend=backend)
     (grad,) = torch.autograd.grad(kl.sum(), hidden)
     assert not kl.any()
     assert not grad.any()
