@@ -28,8 +28,6 @@ from fastpref.scratch import nbytes, scratch
 
 REF_NAMES = checks.Names("ref_hidden", "ref_weight", "hidden's rows", "ref_bias")
 _SMALLEST_CHUNK = 16
-_ALIGNED = 64
-"""Columns of which a row of logits takes a multiple, so that kernels read it in whole vectors."""
 
 
 class _Model(NamedTuple):
@@ -41,19 +39,24 @@ class _Model(NamedTuple):
     scale: float
     softcap: float
 
+    def part_of_bias(self, start: int, end: int) -> Tensor | None:
+        """The bias of a tile."""
+        return None if self.bias is None else self.bias[start:end]
+
 
 class _Chunk(NamedTuple):
-    """What the row kernels leave of a chunk of rows."""
+    """Rows of both models: raw products over all of the vocabulary, and what the sweep found."""
 
     rows: slice
+    policy: list[Tensor]
+    """Tile after tile, each ``(n, w)``; side by side in memory, not rows of ``V``."""
+    reference: list[Tensor]
+    state: Tensor
+    ref_state: Tensor
     kl: Tensor
-    """KL of the rows."""
-    operand: Tensor
-    """``S (p - r)`` times the slope of the cap, ``(n, V)``, as the products take it."""
+    """KL of the rows, after the last of :meth:`_Pass.operands`."""
     shared: Tensor
     """S of the rows."""
-    logits: Tensor
-    """Memory of the operand's shape in the compute dtype, no longer needed; may be the operand."""
 
 
 class _Pass:
@@ -63,77 +66,83 @@ class _Pass:
         self, policy: _Model, reference: _Model, backend: str, memory_budget: int | None
     ) -> None:
         hidden, weight = policy.hidden, policy.weight
-        self.policy, self.reference = policy, reference
         self.kernels = backends.select(backend, hidden)
         self.dtype = compute_dtype(hidden.dtype)
         self.device = hidden.device
-        self.size = weight.shape[0]
-        width = -(-self.size // _ALIGNED) * _ALIGNED
+        self.policy, self.reference = (
+            m._replace(bias=None if m.bias is None else m.bias.to(self.dtype))
+            for m in (policy, reference)
+        )
+        size, item = weight.shape[0], hidden.element_size()
         self.mixed = multiplies_low(hidden.dtype, self.device)
         converts = hidden.dtype != self.dtype and not self.mixed
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         budget = DEFAULT_BUDGET[kind] if memory_budget is None else memory_budget
-        each = width * (2 * self.dtype.itemsize + (hidden.element_size() if self.mixed else 0))
+        each = size * 2 * self.dtype.itemsize
         self.rows = min(max(_SMALLEST_CHUNK, budget // each), hidden.shape[0])
-        p = plan(self.rows, self.size, weight.shape[1], hidden.element_size(), kind, memory_budget)
-        self.tiles = p.tiles(self.size)
+        p = plan(self.rows, size, weight.shape[1], item, kind, memory_budget)
+        self.tiles = p.tiles(size)
         widest = max(weight.shape[1], reference.weight.shape[1])
         self.buffers = [
-            (self.rows * width, self.dtype),
-            (self.rows * width, self.dtype),
-            (self.rows * width if self.mixed else 0, hidden.dtype),
+            (self.rows * size, self.dtype),
+            (self.rows * size, self.dtype),
+            (self.rows * p.tile if self.mixed else 0, hidden.dtype),
             (self.rows * widest, hidden.dtype if self.mixed else self.dtype),
             (p.tile * widest if converts else 0, self.dtype),
             (self.rows * weight.shape[1], self.dtype),
         ]
 
-    def chunks(self, with_grad: bool) -> Iterator[_Chunk]:
-        """KL, and with a gradient its operand, of each chunk."""
+    def chunks(self) -> Iterator[_Chunk]:
+        """The chunks, one after the other in the same memory."""
         with scratch(self.device, nbytes(*(n * d.itemsize for n, d in self.buffers))) as arena:
-            mine, theirs, low, self.row_buffer, self.tile_buffer, self.sums = (
+            mine, theirs, self.low, self.row_buffer, self.tile_buffer, self.sums = (
                 arena.take(n, dtype=d) for n, d in self.buffers
             )
-            for start in range(0, self.policy.hidden.shape[0], max(self.rows, 1)):
-                rows = slice(start, min(start + self.rows, self.policy.hidden.shape[0]))
+            total = self.policy.hidden.shape[0]
+            for start in range(0, total, max(self.rows, 1)):
+                rows = slice(start, min(start + self.rows, total))
                 z, state = self._logits(mine, self.policy, rows)
                 r, ref_state = self._logits(theirs, self.reference, rows)
-                operand = self._shaped(low, len(z)) if self.mixed else z
-                kl = z.new_zeros(len(z))
-                self.kernels.kl_tile_(
-                    z,
-                    r,
-                    operand if with_grad else None,
-                    state,
-                    ref_state,
-                    _wide(self.policy.bias, z),
-                    _wide(self.reference.bias, z),
-                    self.policy.scale,
-                    self.policy.softcap,
-                    self.reference.scale,
-                    self.reference.softcap,
-                    kl,
-                )
-                yield _Chunk(rows, kl, operand, torch.minimum(state[1], ref_state[1]), z)
+                kl = state.new_zeros(state.shape[1])
+                shared = torch.minimum(state[1], ref_state[1])
+                yield _Chunk(rows, z, r, state, ref_state, kl, shared)
 
-    def _shaped(self, buffer: Tensor, n: int) -> Tensor:
-        width = buffer.numel() // self.rows
-        return buffer[: n * width].view(n, width)[:, : self.size]
+    def operands(self, chunk: _Chunk, with_grad: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Per tile: its columns; ``S (p - r)`` times the slope of the cap, as the products take it;
+        and memory of that shape in the compute dtype, which may be the operand."""
+        pairs = zip(chunk.policy, chunk.reference, strict=True)
+        for (start, end), (z, r) in zip(self.tiles, pairs, strict=True):
+            operand = self.low[: z.numel()].view(z.shape) if self.mixed else z
+            self.kernels.kl_tile_(
+                z,
+                r,
+                operand if with_grad else None,
+                chunk.state,
+                chunk.ref_state,
+                self.policy.part_of_bias(start, end),
+                self.reference.part_of_bias(start, end),
+                self.policy.scale,
+                self.policy.softcap,
+                self.reference.scale,
+                self.reference.softcap,
+                chunk.kl,
+            )
+            yield start, end, operand, z
 
-    def _logits(self, buffer: Tensor, model: _Model, rows: slice) -> tuple[Tensor, Tensor]:
+    def _logits(self, buffer: Tensor, model: _Model, rows: slice) -> tuple[list[Tensor], Tensor]:
         """Raw products of a chunk with all of the vocabulary; M and R of its rows."""
         h = self.as_operand(model.hidden[rows], self.row_buffer)
-        z, bias = self._shaped(buffer, len(h)), _wide(model.bias, buffer)
-        state = new_state(len(h), z)
-        nobody = torch.full((len(h),), self.size, device=self.device)
+        n, tiles, state = len(h), [], new_state(len(h), buffer)
+        nobody = torch.full((n,), len(model.weight), device=self.device)
         for start, end in self.tiles:
-            tile = z[:, start:end]
+            tile = buffer[n * start : n * end].view(n, end - start)
             mm(tile, h, self.tile_of(model.weight, start, end).t())
-            part = None if bias is None else bias[start:end]
             self.kernels.sweep_(
-                *(tile, None, state, None, None, nobody, part, start),
+                *(tile, None, state, None, None, nobody, model.part_of_bias(start, end), start),
                 *(model.scale, model.softcap, False),
             )
-        return z, state
+            tiles.append(tile)
+        return tiles, state
 
     def as_operand(self, x: Tensor, buffer: Tensor) -> Tensor:
         """As the products take it: on a CPU converted to fp32 (float64)."""
@@ -144,10 +153,6 @@ class _Pass:
     def tile_of(self, weight: Tensor, start: int, end: int) -> Tensor:
         """Rows of the weight as an operand."""
         return self.as_operand(weight[start:end], self.tile_buffer)
-
-
-def _wide(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(like.dtype)
 
 
 @op("linear_token_kl")
@@ -171,14 +176,15 @@ def _forward(
     work = _Pass(policy, reference, backend, memory_budget)
     kl = hidden.new_empty((hidden.shape[0],), dtype=work.dtype)
     unit = hidden.new_empty((hidden.shape[0] if need_hidden_grad else 0, hidden.shape[1]))
-    for chunk in work.chunks(need_hidden_grad):
+    for chunk in work.chunks():
+        out = unit[chunk.rows]
+        total = out if out.dtype == work.dtype else work.sums[: out.numel()].view(out.shape)
+        for start, end, operand, _ in work.operands(chunk, need_hidden_grad):
+            if need_hidden_grad:
+                w = work.tile_of(weight, start, end)
+                mm(total, operand, w, accumulate=start > 0)
         kl[chunk.rows] = chunk.kl
         if need_hidden_grad:
-            out = unit[chunk.rows]
-            total = out if out.dtype == work.dtype else work.sums[: out.numel()].view(out.shape)
-            for start, end in work.tiles:
-                w = work.tile_of(weight, start, end)
-                mm(total, chunk.operand[:, start:end], w, accumulate=start > 0)
             work.kernels.scale_rows_(out, total, scale / chunk.shared)
     return kl, unit
 
@@ -213,15 +219,13 @@ def _head_gradients(
     work = _Pass(policy, reference, backend, memory_budget)
     dweight = hidden.new_empty(weight.shape, dtype=work.dtype)
     dbias = dweight.new_zeros(weight.shape[0])
-    for chunk in work.chunks(True):
+    for chunk in work.chunks():
         factor = scale * grad[chunk.rows] / chunk.shared
         h = hidden[chunk.rows]
         scaled = work.row_buffer[: h.numel()].view(h.shape)
         work.kernels.scale_rows_(scaled, h, factor)
-        for start, end in work.tiles:
-            operand = chunk.operand[:, start:end]
+        for start, end, operand, wide in work.operands(chunk, True):
             mm(dweight[start:end], operand.t(), scaled, accumulate=chunk.rows.start > 0)
-            wide = chunk.logits[:, start:end]
             if work.mixed:
                 wide.copy_(operand)
             dbias[start:end].addmv_(wide.t(), factor)
