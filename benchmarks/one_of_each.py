@@ -19,7 +19,7 @@ START = 1000
 
 
 def row_kernels(backend: str, dtype: torch.dtype) -> None:
-    """Sweep with everything on, combine, row scaling, target rows."""
+    """Sweep with everything on, combine, row scaling, target rows, and KL of two tiles."""
     like = torch.empty(0, device="cuda", dtype=dtype)
     kernels = backends.select(backend, like)
     make = {"device": "cuda", "dtype": torch.float32}
@@ -47,6 +47,10 @@ def row_kernels(backend: str, dtype: torch.dtype) -> None:
     kernels.scale_rows_(scaled, unit, coef)
     total = torch.zeros(TILE, HIDDEN, **make)
     kernels.add_target_rows_(total, unit, targets, q, START)
+    tile, other = torch.randn(2, ROWS, TILE, **make)
+    out = tile if dtype == torch.float32 else torch.empty_like(tile, dtype=dtype)
+    bias, kl = torch.randn(TILE, **make), torch.zeros(ROWS, **make)
+    kernels.kl_tile_(tile, other, out, state, state, bias, None, 1.5, 30.0, 1.0, 0.0, kl)
 
 
 def sequences(backend: str) -> None:

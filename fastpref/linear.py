@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.operands import Operands, compute_dtype, mm
+from fastpref.operands import Operands, Rows, compute_dtype, mm
 from fastpref.parallel import Shard
 from fastpref.schedule import Plan, plan
 from fastpref.scratch import lend, nbytes, scratch
@@ -59,9 +59,14 @@ class _Chunk(NamedTuple):
     live: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """The chunk's part of ``x (N, ...)``."""
+        """The chunk's part of ``x (n,)``."""
         x = x[self.start : self.end]
         return x if self.live is None else x.index_select(0, self.live)
+
+    def rows_of(self, x: Rows) -> Rows:
+        """The chunk's part of a matrix."""
+        x = x.cut(self.start, self.end)
+        return x if self.live is None else x.pick(self.live)
 
 
 class Saved(NamedTuple):
@@ -77,16 +82,10 @@ class Saved(NamedTuple):
     """E of the kept tiles, flat: chunk after chunk, in a chunk tile after tile. Dtype of hidden."""
 
 
-def plan_for(hidden: Tensor, weight: Tensor, memory_budget: int | None) -> Plan:
+def plan_for(num_rows: int, weight: Tensor, memory_budget: int | None) -> Plan:
     """The plan of a call; the same whatever needs a gradient."""
-    return plan(
-        hidden.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        hidden.element_size(),
-        hidden.device.type,
-        memory_budget,
-    )
+    v, size = weight.shape
+    return plan(num_rows, v, size, weight.element_size(), weight.device.type, memory_budget)
 
 
 def saved_shapes(
@@ -121,21 +120,21 @@ def new_state(num_rows: int, like: Tensor) -> Tensor:
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, problem: Problem
+    hidden: Rows, weight: Tensor, bias: Tensor | None, targets: Tensor, problem: Problem
 ) -> tuple[Tensor, Tensor, Saved]:
-    """Log-probabilities ``(N,)``, statistics ``(5, N)`` or ``(5, 0)``, and what the backward
-    needs."""
-    kernels = backends.select(problem.backend, hidden)
-    n, v = hidden.shape[0], weight.shape[0]
-    p = plan_for(hidden, weight, problem.memory_budget)
-    dtype = compute_dtype(hidden.dtype)
-    make = hidden.new_empty
+    """Log-probabilities ``(N,)`` of N rows, statistics ``(5, N)`` or ``(5, 0)``, and what the
+    backward needs."""
+    kernels = backends.select(problem.backend, weight)
+    n, v = len(hidden), weight.shape[0]
+    p = plan_for(n, weight, problem.memory_budget)
+    dtype = compute_dtype(weight.dtype)
+    make = weight.new_empty
     shapes = saved_shapes(n, v, weight.shape[1], p, problem)
     saved = Saved(
         make(shapes[0]),
         make(shapes[1], dtype=dtype),
         make(shapes[2], dtype=dtype),
-        lend(*shapes[3], dtype=hidden.dtype, device=hidden.device),
+        lend(*shapes[3], dtype=weight.dtype, device=weight.device),
     )
     logp = make((n,), dtype=dtype)
     stats = make((5, n if problem.with_stats else 0), dtype=dtype)
@@ -147,11 +146,11 @@ def forward(
     local = targets if shard is None else shard.localise(targets)
     in_place = saved.unit_grad.dtype == dtype
     acc_bytes = 0 if in_place else min(p.rows, n) * weight.shape[1] * dtype.itemsize
-    with scratch(hidden.device, nbytes(Operands.size(p, hidden, weight), acc_bytes)) as arena:
+    with scratch(weight.device, nbytes(Operands.size(p, hidden, weight), acc_bytes)) as arena:
         ops = Operands(arena, p, hidden, weight)
         acc_buffer = arena.take(acc_bytes // dtype.itemsize, dtype=dtype)
         for r0, r1 in p.chunks(n):
-            h = ops.rows(hidden[r0:r1])
+            h = ops.rows(hidden.cut(r0, r1))
             state = new_state(r1 - r0, logp)
             unit = saved.unit_grad[r0:r1] if problem.need_hidden_grad else None
             acc = unit
@@ -209,27 +208,33 @@ def forward(
 
 def backward(
     grad: Tensor,
-    hidden: Tensor,
+    hidden: Rows,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     saved: Saved,
     problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor where none is needed."""
-    kernels = backends.select(problem.backend, hidden)
+    """Gradients of all of hidden, weight and bias; an empty tensor where none is needed."""
+    kernels = backends.select(problem.backend, weight)
     # what arrives at an ignored row, NaN too, is nobody's
     grad = grad.masked_fill(targets == problem.ignore_index, 0.0).contiguous()
-    dhidden = torch.empty_like(saved.unit_grad)
+    unit = saved.unit_grad
+    shape = hidden.x.shape if problem.need_hidden_grad else unit.shape
+    dhidden = unit.new_zeros(shape) if hidden.index is not None else unit.new_empty(shape)
     if problem.need_hidden_grad:
-        kernels.scale_rows_(dhidden, saved.unit_grad, grad)
+        for part in hidden.parts():
+            scaled = dhidden if hidden.index is None else torch.empty_like(unit[part])
+            kernels.scale_rows_(scaled, unit[part], grad[part])
+            if hidden.index is not None:
+                dhidden.index_copy_(0, hidden.index[part], scaled)
     if not problem.keeps:
         return dhidden, weight.new_empty((0, weight.shape[1])), weight.new_empty((0,))
     return dhidden, *_head_gradients(grad, hidden, weight, bias, targets, saved, problem)
 
 
 def _rescale_rows_(
-    kernels: backends.RowKernels, out: Tensor, x: Tensor, factor: Tensor, previous: Tensor | None
+    kernels: backends.RowKernels, out: Tensor, x: Rows, factor: Tensor, previous: Tensor | None
 ) -> None:
     """``scale_rows_`` of the rows whose factor is not the ``previous`` one that ``out`` was made
     with.
@@ -238,11 +243,29 @@ def _rescale_rows_(
     """
     moved = None if previous is None else (factor != previous).nonzero()[:, 0]
     if moved is None or 2 * moved.numel() > factor.numel():
-        kernels.scale_rows_(out, x, factor)
-    elif moved.numel():
-        rows = torch.empty_like(out[: moved.numel()])
-        kernels.scale_rows_(rows, x.index_select(0, moved), factor[moved])
-        out.index_copy_(0, moved, rows)
+        for part, block in x.blocks():
+            kernels.scale_rows_(out[part], block, factor[part])
+        return
+    for part, block in x.pick(moved).blocks():
+        rows = torch.empty_like(out[: len(block)])
+        kernels.scale_rows_(rows, block, factor[moved[part]])
+        out.index_copy_(0, moved[part], rows)
+
+
+def _add_target_rows_(
+    kernels: backends.RowKernels,
+    out: Tensor,
+    x: Rows,
+    targets: Tensor,
+    factor: Tensor,
+    start: int,
+) -> None:
+    """``add_target_rows_``; of rows that have to be gathered a CPU takes those it needs."""
+    if x.index is not None and out.device.type == "cpu":
+        hit = ((targets >= start) & (targets < start + len(out))).nonzero()[:, 0]
+        x, targets, factor = x.pick(hit), targets[hit], factor[hit]
+    for part, block in x.blocks():
+        kernels.add_target_rows_(out, block, targets[part], factor[part], start)
 
 
 def _live_chunks(toward: Tensor, away: Tensor, p: Plan) -> list[_Chunk]:
@@ -268,7 +291,7 @@ def _live_chunks(toward: Tensor, away: Tensor, p: Plan) -> list[_Chunk]:
 
 def _head_gradients(
     grad: Tensor,
-    hidden: Tensor,
+    hidden: Rows,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
@@ -277,10 +300,10 @@ def _head_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias: a vocabulary tile at a time, its rows summed in the compute
     dtype."""
-    kernels = backends.select(problem.backend, hidden)
+    kernels = backends.select(problem.backend, weight)
     v, size = weight.shape
-    p = plan_for(hidden, weight, problem.memory_budget)
-    dtype = compute_dtype(hidden.dtype)
+    p = plan_for(len(hidden), weight, problem.memory_budget)
+    dtype = compute_dtype(weight.dtype)
     targets = targets.masked_fill(targets == problem.ignore_index, -1)
     shard = Shard.of(problem.group, weight)
     targets = targets if shard is None else shard.localise(targets)
@@ -290,7 +313,7 @@ def _head_gradients(
     bias_c = None if bias is None else bias.to(dtype)
     dbias = grad.new_zeros((v if problem.need_bias_grad else 0,))
     slice_bytes = p.tile * size * dtype.itemsize
-    with scratch(hidden.device, nbytes(Operands.size(p, hidden, weight), slice_bytes)) as arena:
+    with scratch(weight.device, nbytes(Operands.size(p, hidden, weight), slice_bytes)) as arena:
         ops = Operands(arena, p, hidden, weight)
         slice_buffer = arena.take(p.tile * size, dtype=dtype)
         # after the scratch, so that a first call does not take the slab of the forward's
@@ -311,7 +334,7 @@ def _head_gradients(
                 if chunk.live is not None:
                     kept = torch.index_select(kept, 0, chunk.live, out=z)
                 return kept, factor
-            mm(z, ops.rows(chunk.of(hidden)), ops.tile(weight[v0:v1]).t())
+            mm(z, ops.rows(chunk.rows_of(hidden)), ops.tile(weight[v0:v1]).t())
             # Started at the final maximum, the same sweep stores E under it.
             state = new_state(top.numel(), z)
             state[0] = top
@@ -324,9 +347,10 @@ def _head_gradients(
             return operand, factor
 
         chunks = _live_chunks(toward, away, p)
-        # On CPU the scaled rows of a lone chunk outlive the tile, unless the buffer converts
-        # operands.
-        reusable = hidden.device.type == "cpu" and len(chunks) == 1 and not ops.converts
+        # On CPU the scaled rows of a lone chunk outlive the tile, unless their buffer holds other
+        # operands in between.
+        lone = weight.device.type == "cpu" and len(chunks) == 1 and not ops.converts
+        gathers = lone and chunks[0].rows_of(hidden).index is not None
         previous: Tensor | None = None
         for t, (v0, v1) in enumerate(p.tiles(v)):
             if problem.need_weight_grad and dweight.dtype == dtype:
@@ -341,14 +365,13 @@ def _head_gradients(
                 if problem.need_bias_grad:
                     column_sum.addmv_(operand.to(dtype).t(), factor)
                 if problem.need_weight_grad:
-                    r0, r1 = chunk.start, chunk.end
+                    x = chunk.rows_of(hidden)
                     scaled = ops.row_buffer[: factor.numel() * size].view(-1, size)
-                    _rescale_rows_(kernels, scaled, chunk.of(hidden), factor, previous)
-                    previous = factor if reusable else None
+                    _rescale_rows_(kernels, scaled, x, factor, previous)
+                    overwritten = gathers and t + 1 >= p.kept_tiles
+                    previous = factor if lone and not overwritten else None
                     mm(total, operand.t(), scaled, accumulate=i > 0)
-                    kernels.add_target_rows_(
-                        total, hidden[r0:r1], targets[r0:r1], toward[r0:r1], v0
-                    )
+                    _add_target_rows_(kernels, total, x, chunk.of(targets), chunk.of(toward), v0)
             if problem.need_weight_grad and total.data_ptr() != dweight[v0:v1].data_ptr():
                 dweight[v0:v1].copy_(total)
             if problem.need_bias_grad:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fastpref.schedule import Plan
+from fastpref.schedule import MIB, Plan
 from fastpref.scratch import Arena, nbytes
 
 # A product this narrow is summed term by term by some CPU libraries (MKL on AMD): the error grows
 # with the root of the number of terms. So it is made of short sums.
 NARROW_ROWS, NARROW_COLUMNS, SHORT_SUM = 4, 12, 256
+
+# Bytes of rows that are gathered at a time where a kernel reads them once.
+_GATHERED = {"cpu": MIB, "cuda": 32 * MIB}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,6 +51,54 @@ def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         torch.mm(a, b, out=out)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows ``x[index]`` of a matrix, gathered where they are used; all of ``x`` without an
+    index."""
+
+    x: Tensor
+    index: Tensor | None = None
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.x if self.index is None else self.index)
+
+    def cut(self, start: int, end: int) -> Rows:
+        """The rows from ``start`` to ``end``."""
+        if self.index is None:
+            return Rows(self.x[start:end])
+        return Rows(self.x, self.index[start:end])
+
+    def pick(self, chosen: Tensor) -> Rows:
+        """Those of the rows that ``chosen`` lists."""
+        return Rows(self.x, chosen if self.index is None else self.index[chosen])
+
+    def parts(self) -> Iterator[slice]:
+        """The rows in order, as many at a time as may be copied; without an index all at once."""
+        row_bytes = max(self.x.shape[1] * self.x.element_size(), 1)
+        most = max(_GATHERED["cpu" if self.x.device.type == "cpu" else "cuda"] // row_bytes, 1)
+        step = most if self.index is not None else max(len(self), 1)
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The parts, each with its rows: a copy, or ``x`` itself without an index."""
+        for part in self.parts():
+            yield part, self.x if self.index is None else self.x.index_select(0, self.index[part])
+
+    def operand(self, buffer: Tensor, converts: bool) -> Tensor:
+        """The rows as a matrix: ``x`` itself, or in a flat buffer where they have to be gathered or
+        converted to its dtype."""
+        if self.index is None and not converts:
+            return self.x
+        out = buffer[: len(self) * self.x.shape[1]].view(len(self), self.x.shape[1])
+        if self.index is not None and out.dtype == self.x.dtype:
+            return torch.index_select(self.x, 0, self.index, out=out)
+        for part, block in self.blocks():
+            out[part] = block
+        return out
+
+
 class Operands:
     """The GEMMs, and the conversion of their operands where the device has no low-precision product
     with fp32 output.
@@ -53,42 +107,42 @@ class Operands:
     tile, into scratch.
     """
 
-    def __init__(self, arena: Arena, p: Plan, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, arena: Arena, p: Plan, hidden: Rows, weight: Tensor) -> None:
         """Takes what :meth:`size` says from ``arena``."""
-        self.dtype = compute_dtype(hidden.dtype)
-        self.mixed = multiplies_low(hidden.dtype, hidden.device)
-        self.converts = hidden.dtype != self.dtype and not self.mixed
+        self.dtype = compute_dtype(weight.dtype)
+        self.mixed = multiplies_low(weight.dtype, weight.device)
+        self.converts = weight.dtype != self.dtype and not self.mixed
         self.z, self.low, self.row_buffer, self.tile_buffer = (
             arena.take(count, dtype=dtype) for count, dtype in self._buffers(p, hidden, weight)
         )
 
     @staticmethod
-    def _buffers(p: Plan, hidden: Tensor, weight: Tensor) -> list[tuple[int, torch.dtype]]:
+    def _buffers(p: Plan, hidden: Rows, weight: Tensor) -> list[tuple[int, torch.dtype]]:
         """Elements and dtype of: a tile of logits, its E, a chunk of hidden, a tile of the
         weight."""
-        wide, mixed = compute_dtype(hidden.dtype), multiplies_low(hidden.dtype, hidden.device)
-        converts = hidden.dtype != wide and not mixed
-        rows, tile = min(p.rows, hidden.shape[0]), min(p.tile, weight.shape[0])
+        wide, mixed = compute_dtype(weight.dtype), multiplies_low(weight.dtype, weight.device)
+        converts = weight.dtype != wide and not mixed
+        rows, tile = min(p.rows, len(hidden)), min(p.tile, weight.shape[0])
         size = weight.shape[1]
         return [
             (rows * tile, wide),
-            (rows * tile if mixed else 0, hidden.dtype),
-            (rows * size, hidden.dtype if mixed else wide),
+            (rows * tile if mixed else 0, weight.dtype),
+            (rows * size, weight.dtype if mixed else wide),
             (tile * size if converts else 0, wide),
         ]
 
     @classmethod
-    def size(cls, p: Plan, hidden: Tensor, weight: Tensor) -> int:
+    def size(cls, p: Plan, hidden: Rows, weight: Tensor) -> int:
         """Bytes of scratch for the tensors above."""
         return nbytes(*(n * dtype.itemsize for n, dtype in cls._buffers(p, hidden, weight)))
 
-    def rows(self, x: Tensor) -> Tensor:
+    def rows(self, x: Rows) -> Tensor:
         """A chunk of hidden as a GEMM operand."""
-        return self._convert(x, self.row_buffer)
+        return x.operand(self.row_buffer, self.converts)
 
     def tile(self, w: Tensor) -> Tensor:
         """A tile of the weight as a GEMM operand."""
-        return self._convert(w, self.tile_buffer)
+        return Rows(w).operand(self.tile_buffer, self.converts)
 
     def logits(self, n: int, width: int) -> Tensor:
         """An uninitialised ``(n, width)`` tile of logits."""
@@ -97,8 +151,3 @@ class Operands:
     def low_tile(self, n: int, width: int) -> Tensor:
         """An uninitialised ``(n, width)`` tile of E in the GEMM's dtype."""
         return self.low[: n * width].view(n, width)
-
-    def _convert(self, x: Tensor, buffer: Tensor) -> Tensor:
-        if not self.converts:
-            return x
-        return buffer[: x.numel()].view(x.shape).copy_(x)

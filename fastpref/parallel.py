@@ -1,7 +1,7 @@
 """A head sharded over the vocabulary: rank r of a process group holds the r-th slice of the weight.
 
-The tiles of a slice are swept as usual. Then one all-gather of the rows' running numbers makes them
-global, and one all-reduce sums ``dlogp/dhidden``; the gradient of the slice stays where it is.
+The tiles of a slice are swept as usual. Then one packed all-reduce makes the rows' running numbers
+global, and one more sums ``dlogp/dhidden``; the gradient of the slice stays where it is.
 """
 
 from __future__ import annotations
@@ -61,16 +61,19 @@ class Shard(NamedTuple):
         elsewhere &= self.localise(targets) == self.size
         # The owner's logit survives a maximum, NaN included; a target nobody owns stays NaN.
         state[2].masked_fill_(elsewhere, -math.inf)
-        parts = [torch.empty_like(state) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, state.contiguous(), group=self.group)
-        every = torch.stack(parts)
+        # A slot a rank, the others' zero: their sum is everybody's numbers, which no sum of numbers
+        # relative to different maxima would be.
+        rank = dist.get_rank(self.group)
+        every = state.new_zeros((dist.get_world_size(self.group), *state.shape))
+        every[rank] = state
+        dist.all_reduce(every, group=self.group)
         maximum, total, z_target, z_sum, gap, square = every.unbind(1)
         top = maximum.amax(0)
         base = torch.where(top == -math.inf, 0.0, top)
         shrink = torch.exp(maximum - base)
         moved = torch.where(shrink == 0.0, 0.0, (maximum - base) * total)
         if acc is not None:
-            acc.mul_(shrink[dist.get_rank(self.group)][:, None])
+            acc.mul_(shrink[rank][:, None])
         state[0] = top
         state[1] = (shrink * total).sum(0)
         state[2] = z_target.amax(0)

@@ -56,7 +56,7 @@ def _gemms(case: Case) -> Passes:
     that are reused. Operands are in the dtype in which this package multiplies."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
     n, v = hidden.shape[0], weight.shape[0]
-    p = linear.plan_for(hidden, weight, 0 if case.schedule == "recompute" else case.budget)
+    p = linear.plan_for(n, weight, 0 if case.schedule == "recompute" else case.budget)
     wide = compute_dtype(hidden.dtype)
     on_gpu = multiplies_low(hidden.dtype, hidden.device)
     low = hidden.dtype if on_gpu else wide

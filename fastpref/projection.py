@@ -38,13 +38,13 @@ def checked_logprobs(
     bias = None if bias is None else bias.contiguous()
     if rows is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
         counted = flat_targets != ignore_index
-        # a few ignored rows cost less than the copy of hidden without them
+        # a few ignored rows cost less than gathering the others
         if not counted.all() and counted.sum() < WORTH_GATHERING * num_rows:
             rows = counted.nonzero()[:, 0]
     if rows is not None:
-        flat, flat_targets = flat.index_select(0, rows), flat_targets.index_select(0, rows)
+        flat_targets = flat_targets.index_select(0, rows)
     logp, stats = _project(
-        *(flat, weight, bias, flat_targets, scale, softcap, ignore_index),
+        *(flat, weight, bias, rows, flat_targets, scale, softcap, ignore_index),
         *(return_stats, backend, memory_budget),
         "" if process_group is None else process_group.group_name,
     )
@@ -66,6 +66,7 @@ def _project(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     targets: Tensor,
     scale: float,
     softcap: float | None,
@@ -79,7 +80,7 @@ def _project(
     if backend == "reference":
         registered.check_range(targets, weight.shape[0], ignore_index)
         logp, stats = reference.linear_logprobs(
-            hidden,
+            hidden if rows is None else hidden.index_select(0, rows),
             weight,
             targets,
             bias=bias,
@@ -90,7 +91,7 @@ def _project(
         return logp, stats if with_stats else None
     checks.no_tangents(hidden, weight, bias)
     outputs = registered.linear_logprobs(
-        *(hidden, weight, bias, targets, float(scale), float(softcap or 0.0), ignore_index),
+        *(hidden, weight, bias, rows, targets, float(scale), float(softcap or 0.0), ignore_index),
         *(backend, memory_budget),
         *(_needs_grad(hidden), _needs_grad(weight), _needs_grad(bias), with_stats),
         group,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpref import backends, linear
 from fastpref.library import differentiable, fake, op
 from fastpref.linear import Problem, Saved
-from fastpref.operands import compute_dtype
+from fastpref.operands import Rows, compute_dtype
 from fastpref.parallel import Shard
 
 
@@ -45,6 +45,7 @@ def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     targets: Tensor,
     scale: float,
     softcap: float,
@@ -57,14 +58,15 @@ def linear_logprobs(
     with_stats: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities, statistics, and the four tensors of :class:`fastpref.linear.Saved`."""
+    """Log-probabilities, statistics, and the four tensors of :class:`fastpref.linear.Saved`, of
+    the rows of hidden that ``rows`` lists, or of all; ``targets`` are theirs."""
     shard = Shard.of(group, weight)
     check_range(targets, shard.vocab_size if shard else weight.shape[0], ignore_index)
     problem = Problem(
         *(scale, softcap, ignore_index, backend, memory_budget),
         *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats, group),
     )
-    logp, stats, saved = linear.forward(hidden, weight, bias, targets, problem)
+    logp, stats, saved = linear.forward(Rows(hidden, rows), weight, bias, targets, problem)
     return (logp, stats, *saved)
 
 
@@ -73,6 +75,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     targets: Tensor,
     scale: float,
     softcap: float,
@@ -89,14 +92,15 @@ def _(
         *(scale, softcap, ignore_index, backend, memory_budget),
         *(need_hidden_grad, need_weight_grad, need_bias_grad, with_stats, group),
     )
-    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    p = linear.plan_for(hidden, weight, memory_budget)
-    unit, rows, offsets, kept = linear.saved_shapes(n, weight.shape[0], weight.shape[1], p, problem)
+    n, dtype = targets.shape[0], compute_dtype(hidden.dtype)
+    p = linear.plan_for(n, weight, memory_budget)
+    shapes = linear.saved_shapes(n, weight.shape[0], weight.shape[1], p, problem)
+    unit, factors, offsets, kept = shapes
     return (
         hidden.new_empty((n,), dtype=dtype),
         hidden.new_empty((5, n if with_stats else 0), dtype=dtype),
         hidden.new_empty(unit),
-        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(factors, dtype=dtype),
         hidden.new_empty(offsets, dtype=dtype),
         hidden.new_empty(kept),
     )
@@ -108,9 +112,10 @@ def linear_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     targets: Tensor,
     unit_grad: Tensor,
-    rows: Tensor,
+    factors: Tensor,
     offsets: Tensor,
     kept: Tensor,
     scale: float,
@@ -123,13 +128,13 @@ def linear_logprobs_backward(
     need_bias_grad: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor where none is needed."""
+    """Gradients of all of hidden, weight and bias; an empty tensor where none is needed."""
     problem = Problem(
         *(scale, softcap, ignore_index, backend, memory_budget),
         *(need_hidden_grad, need_weight_grad, need_bias_grad, False, group),
     )
-    saved = Saved(unit_grad, rows, offsets, kept)
-    return linear.backward(grad, hidden, weight, bias, targets, saved, problem)
+    saved = Saved(unit_grad, factors, offsets, kept)
+    return linear.backward(grad, Rows(hidden, rows), weight, bias, targets, saved, problem)
 
 
 @fake(linear_logprobs_backward)
@@ -138,9 +143,10 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    rows: Tensor | None,
     targets: Tensor,
     unit_grad: Tensor,
-    rows: Tensor,
+    factors: Tensor,
     offsets: Tensor,
     kept: Tensor,
     scale: float,
@@ -155,7 +161,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     v, size = weight.shape
     return (
-        torch.empty_like(unit_grad),
+        hidden.new_empty((hidden if need_hidden_grad else unit_grad).shape),
         weight.new_empty((v if need_weight_grad else 0, size)),
         weight.new_empty((v if need_bias_grad else 0,)),
     )
@@ -173,24 +179,21 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, *options = inputs
+    hidden, weight, bias, rows, targets, *options = inputs
     _, stats, *saved = output
     ctx.mark_non_differentiable(stats, *saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, *saved)
+    ctx.save_for_backward(hidden, weight, bias, rows, targets, *saved)
     *ctx.options, _, ctx.group = options
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("linear_logprobs")
     needs = ctx.options[-3:]
-    none = (None,) * (4 + len(ctx.options) + 2)
+    none = (None,) * (5 + len(ctx.options) + 2)
     if grad is None:
         return none
-    hidden, weight, bias, targets, *saved = ctx.saved_tensors
-    gradients = linear_logprobs_backward(
-        grad, hidden, weight, bias, targets, *saved, *ctx.options, ctx.group
-    )
+    gradients = linear_logprobs_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.group)
     picked = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return (*picked, *none[3:])
 

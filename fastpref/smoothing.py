@@ -55,7 +55,7 @@ def _tiles(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, budget: Any
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows, columns, the tile of the weight, and ``tanh(z / softcap)``: tile after tile."""
-    p = plan_for(hidden, weight, None if budget is None else budget // _BUFFERS)
+    p = plan_for(len(hidden), weight, None if budget is None else budget // _BUFFERS)
     for v0, v1 in p.tiles(weight.shape[0]):
         w = weight[v0:v1].to(hidden.dtype)
         for r0, r1 in p.chunks(hidden.shape[0]):

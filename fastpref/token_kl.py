@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastpref import backends, checks, reference
 from fastpref.library import differentiable, fake, op
-from fastpref.linear import new_state
-from fastpref.operands import compute_dtype, mm, multiplies_low
+from fastpref.linear import WORTH_GATHERING, new_state
+from fastpref.operands import Rows, compute_dtype, mm, multiplies_low
 from fastpref.projection import whole_rows
 from fastpref.registered import refuse_second_derivative
 from fastpref.schedule import DEFAULT_BUDGET, plan
@@ -31,9 +31,9 @@ _SMALLEST_CHUNK = 16
 
 
 class _Model(NamedTuple):
-    """Hidden states of all rows, and the head."""
+    """Hidden states of the rows, and the head."""
 
-    hidden: Tensor
+    hidden: Rows
     weight: Tensor
     bias: Tensor | None
     scale: float
@@ -65,31 +65,32 @@ class _Pass:
     def __init__(
         self, policy: _Model, reference: _Model, backend: str, memory_budget: int | None
     ) -> None:
-        hidden, weight = policy.hidden, policy.weight
-        self.kernels = backends.select(backend, hidden)
-        self.dtype = compute_dtype(hidden.dtype)
-        self.device = hidden.device
+        total, weight = len(policy.hidden), policy.weight
+        self.kernels = backends.select(backend, weight)
+        self.dtype = compute_dtype(weight.dtype)
+        self.device = weight.device
         self.policy, self.reference = (
             m._replace(bias=None if m.bias is None else m.bias.to(self.dtype))
             for m in (policy, reference)
         )
-        size, item = weight.shape[0], hidden.element_size()
-        self.mixed = multiplies_low(hidden.dtype, self.device)
-        converts = hidden.dtype != self.dtype and not self.mixed
+        size, item = weight.shape[0], weight.element_size()
+        self.mixed = multiplies_low(weight.dtype, self.device)
+        self.converts = weight.dtype != self.dtype and not self.mixed
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         budget = DEFAULT_BUDGET[kind] if memory_budget is None else memory_budget
-        each = size * 2 * self.dtype.itemsize
-        self.rows = min(max(_SMALLEST_CHUNK, budget // each), hidden.shape[0])
+        widest = max(weight.shape[1], reference.weight.shape[1])
+        sums = weight.shape[1] if weight.dtype != self.dtype else 0
+        each = (2 * size + widest + sums) * self.dtype.itemsize
+        self.rows = min(max(_SMALLEST_CHUNK, budget // each), total)
         p = plan(self.rows, size, weight.shape[1], item, kind, memory_budget)
         self.tiles = p.tiles(size)
-        widest = max(weight.shape[1], reference.weight.shape[1])
         self.buffers = [
             (self.rows * size, self.dtype),
             (self.rows * size, self.dtype),
-            (self.rows * p.tile if self.mixed else 0, hidden.dtype),
-            (self.rows * widest, hidden.dtype if self.mixed else self.dtype),
-            (p.tile * widest if converts else 0, self.dtype),
-            (self.rows * weight.shape[1], self.dtype),
+            (self.rows * p.tile if self.mixed else 0, weight.dtype),
+            (self.rows * widest, weight.dtype if self.mixed else self.dtype),
+            (p.tile * widest if self.converts else 0, self.dtype),
+            (self.rows * sums, self.dtype),
         ]
 
     def chunks(self) -> Iterator[_Chunk]:
@@ -98,7 +99,7 @@ class _Pass:
             mine, theirs, self.low, self.row_buffer, self.tile_buffer, self.sums = (
                 arena.take(n, dtype=d) for n, d in self.buffers
             )
-            total = self.policy.hidden.shape[0]
+            total = len(self.policy.hidden)
             for start in range(0, total, max(self.rows, 1)):
                 rows = slice(start, min(start + self.rows, total))
                 z, state = self._logits(mine, self.policy, rows)
@@ -131,7 +132,8 @@ class _Pass:
 
     def _logits(self, buffer: Tensor, model: _Model, rows: slice) -> tuple[list[Tensor], Tensor]:
         """Raw products of a chunk with all of the vocabulary; M and R of its rows."""
-        h = self.as_operand(model.hidden[rows], self.row_buffer)
+        part = model.hidden.cut(rows.start, rows.stop)
+        h = part.operand(self.row_buffer, self.converts)
         n, tiles, state = len(h), [], new_state(len(h), buffer)
         nobody = torch.full((n,), len(model.weight), device=self.device)
         for start, end in self.tiles:
@@ -144,15 +146,9 @@ class _Pass:
             tiles.append(tile)
         return tiles, state
 
-    def as_operand(self, x: Tensor, buffer: Tensor) -> Tensor:
-        """As the products take it: on a CPU converted to fp32 (float64)."""
-        if x.dtype == self.dtype or self.mixed:
-            return x
-        return buffer[: x.numel()].view(x.shape).copy_(x)
-
     def tile_of(self, weight: Tensor, start: int, end: int) -> Tensor:
         """Rows of the weight as an operand."""
-        return self.as_operand(weight[start:end], self.tile_buffer)
+        return Rows(weight[start:end]).operand(self.tile_buffer, self.converts)
 
 
 @op("linear_token_kl")
@@ -171,8 +167,8 @@ def _forward(
     memory_budget: int | None,
     need_hidden_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    policy = _Model(hidden, weight, bias, scale, softcap)
-    reference = _Model(ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap)
+    policy = _Model(Rows(hidden), weight, bias, scale, softcap)
+    reference = _Model(Rows(ref_hidden), ref_weight, ref_bias, ref_scale, ref_softcap)
     work = _Pass(policy, reference, backend, memory_budget)
     kl = hidden.new_empty((hidden.shape[0],), dtype=work.dtype)
     unit = hidden.new_empty((hidden.shape[0] if need_hidden_grad else 0, hidden.shape[1]))
@@ -199,8 +195,9 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @op("linear_token_kl_backward")
-def _head_gradients(
+def _backward(
     grad: Tensor,
+    unit: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -213,30 +210,46 @@ def _head_gradients(
     ref_softcap: float,
     backend: str,
     memory_budget: int | None,
-) -> tuple[Tensor, Tensor]:
-    policy = _Model(hidden, weight, bias, scale, softcap)
-    reference = _Model(ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap)
+    need_head_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden = torch.empty_like(unit)
+    if len(unit):
+        backends.select(backend, unit).scale_rows_(dhidden, unit, grad)
+    if not need_head_grad:
+        return dhidden, weight.new_empty((0, weight.shape[1])), weight.new_empty((0,))
+    live = None
+    # looking costs nothing on a CPU; a GPU would have to be waited for
+    if grad.device.type == "cpu":
+        found = grad.nonzero()[:, 0]
+        live = found if len(found) < WORTH_GATHERING * len(grad) else None
+    rows = Rows(hidden, live)
+    grad = grad if live is None else grad[live]
+    policy = _Model(rows, weight, bias, scale, softcap)
+    reference = _Model(Rows(ref_hidden, live), ref_weight, ref_bias, ref_scale, ref_softcap)
     work = _Pass(policy, reference, backend, memory_budget)
     dweight = hidden.new_empty(weight.shape, dtype=work.dtype)
     dbias = dweight.new_zeros(weight.shape[0])
     for chunk in work.chunks():
         factor = scale * grad[chunk.rows] / chunk.shared
-        h = hidden[chunk.rows]
-        scaled = work.row_buffer[: h.numel()].view(h.shape)
-        work.kernels.scale_rows_(scaled, h, factor)
+        scaled = work.row_buffer[: len(factor) * hidden.shape[1]].view(len(factor), -1)
+        for part, block in rows.cut(chunk.rows.start, chunk.rows.stop).blocks():
+            work.kernels.scale_rows_(scaled[part], block, factor[part])
         for start, end, operand, wide in work.operands(chunk, True):
             mm(dweight[start:end], operand.t(), scaled, accumulate=chunk.rows.start > 0)
             if work.mixed:
                 wide.copy_(operand)
             dbias[start:end].addmv_(wide.t(), factor)
-    if hidden.shape[0] == 0:
+    if len(rows) == 0:
         dweight.zero_()
-    return dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dhidden, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-@fake(_head_gradients)
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), weight.new_empty((weight.shape[0],))
+@fake(_backward)
+def _(
+    grad: Tensor, unit: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = weight.shape if rest[-1] else (0, weight.shape[1])
+    return torch.empty_like(unit), weight.new_empty(shape), weight.new_empty(shape[:1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -248,12 +261,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("linear_token_kl")
     *inputs, unit = ctx.saved_tensors
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dhidden = (unit * grad[:, None]).to(unit.dtype) if need_hidden else None
-    dweight = dbias = None
-    if need_weight or need_bias:
-        dweight, dbias = _head_gradients(grad, *inputs, *ctx.options)
-    return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 10
+    needs = ctx.needs_input_grad[:3]
+    found = _backward(grad.contiguous(), unit, *inputs, *ctx.options, needs[1] or needs[2])
+    return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 10
 
 
 differentiable(_forward, _differentiate, _save)

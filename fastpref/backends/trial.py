@@ -8,20 +8,22 @@ import math
 import torch
 from torch import Tensor
 
-from fastpref.backends import RowKernels
-from fastpref.backends import torch as plain
+from fastpref.backends.row_kernels import RowKernels
 
-TOLERANCE = 1e-4
-"""Relative and absolute. Rounding stays below 1e-5; a race or a wrong index does not."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Relative and absolute. Rounding stays below a tenth of it; a race or a wrong index does not."""
 
 
-def disagreement(kernels: RowKernels, device: torch.device) -> str:
-    """What is wrong with ``kernels`` on a device; empty where they agree with plain torch.
+def disagreement(kernels: RowKernels, plain: RowKernels, device: torch.device) -> str:
+    """What is wrong with ``kernels`` on a device; empty where they agree with ``plain``.
 
-    Takes milliseconds and what a first compilation takes, and waits for the device.
+    Takes milliseconds and what a first compilation takes, and waits for the device. A kernel that
+    breaks the CUDA context (an illegal address) breaks it for the whole process: then plain torch
+    cannot run either, and the error is CUDA's.
 
     Raises:
         RuntimeError: A CUDA graph is being captured, and the device cannot be waited for.
+        torch.OutOfMemoryError: The device is full, which says nothing about the kernels.
     """
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -34,10 +36,13 @@ def disagreement(kernels: RowKernels, device: torch.device) -> str:
         if on_gpu:
             torch.cuda.set_sync_debug_mode("default")
         with torch.no_grad():
-            for got, want in zip(_run(kernels, device), _run(plain, device), strict=True):
-                torch.testing.assert_close(
-                    got, want, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True
-                )
+            for dtype in TOLERANCE:
+                found, expected = (_run(k, device, dtype) for k in (kernels, plain))
+                for got, want in zip(found, expected, strict=True):
+                    bound = TOLERANCE[got.dtype]
+                    torch.testing.assert_close(got, want, rtol=bound, atol=bound, equal_nan=True)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler, a launch, a number: none of them may end the program
         return f"failed its trial on this device ({type(error).__name__}: {error})"
     finally:
@@ -46,40 +51,54 @@ def disagreement(kernels: RowKernels, device: torch.device) -> str:
     return ""
 
 
-def _run(kernels: RowKernels, device: torch.device) -> list[Tensor]:
-    """Every kernel of projection and KL on a few rows: two tiles, one row ignored, a bias and
-    a cap."""
+def _run(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Every kernel on a few rows of inputs of a dtype: two tiles, one row ignored; statistics and
+    a cap in fp32, neither in bf16."""
     g = torch.Generator().manual_seed(0)
     n, v, h, cut = 7, 5000, 96, 3000
+    full = dtype == torch.float32
+    cap = 9.0 if full else 0.0
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(device)
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=g, device="cpu", dtype=torch.float32).to(device, dtype)
 
-    raw, weight, hidden, bias, factor = randn(n, v), randn(v, h), randn(n, h), randn(v), randn(n)
-    targets = torch.tensor([3, 4999, -1, 3, 2999, 0, 3000], device=device)
-    state = torch.zeros(6, n, device=device)
+    def filled(value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, device=device, dtype=torch.float32)
+
+    def indices(*values: int) -> Tensor:
+        return torch.tensor(values, device=device, dtype=torch.int64)
+
+    raw, bias, factor = randn(n, v), randn(v), randn(n)
+    weight, hidden = randn(v, h, dtype=dtype), randn(n, h, dtype=dtype)
+    targets = indices(3, 4999, -1, 3, 2999, 0, 3000)
+    state = filled(0.0, 6, n)
     state[0], state[2] = -math.inf, math.nan
-    acc, offset, found = torch.ones(n, h, device=device), randn(n), []
+    acc, offset, found = filled(1.0, n, h), randn(n), []
     for start, end in ((0, cut), (cut, v)):
         tile = raw[:, start:end].clone()
-        options = (bias[start:end], start, 0.5, 9.0, True)
-        kernels.sweep_(tile, tile, state, offset, acc, targets, *options)
-        found += [tile, offset.clone()]
+        out = tile if full else randn(n, end - start, dtype=dtype)
+        options = (bias[start:end], start, 0.5, cap, full)
+        kernels.sweep_(tile, out, state, offset, acc, targets, *options)
+        found += [out, offset.clone()]
     logp, q, coef = (randn(n) for _ in range(3))
-    stats, unit = randn(5, n), randn(n, h)
-    kernels.combine_(*(state, targets, v, 9.0, 0.5, acc, weight, unit, logp, q, coef, stats))
-    scaled, total = randn(n, h), randn(cut, h)
+    stats, unit = randn(5, n) if full else None, randn(n, h, dtype=dtype)
+    kernels.combine_(*(state, targets, v, cap, 0.5, acc, weight, unit, logp, q, coef, stats))
+    scaled, total = randn(n, h, dtype=dtype), randn(cut, h)
     kernels.scale_rows_(scaled, hidden, factor)
     kernels.add_target_rows_(total, hidden, targets, factor, 0)
-    states, nobody = [], torch.full((n,), v, device=device)
+    states, nobody = [], torch.full_like(targets, v)
     for tile in (raw, raw.flip(1)):
-        whole = torch.zeros(6, n, device=device)
+        whole = filled(0.0, 6, n)
         whole[0] = -math.inf
-        kernels.sweep_(tile, None, whole, None, None, nobody, bias, 0, 0.5, 9.0, False)
+        kernels.sweep_(tile, None, whole, None, None, nobody, bias, 0, 0.5, cap, False)
         states.append(whole)
-    kl, gradient = torch.zeros(n, device=device), randn(n, v)
+    kl, gradient = filled(0.0, n), randn(n, v, dtype=dtype)
     kernels.kl_tile_(
-        *(raw, raw.flip(1), gradient, states[0], states[1], bias, bias, 0.5, 9.0, 0.5, 9.0, kl)
+        *(raw, raw.flip(1), gradient, states[0], states[1], bias, bias, 0.5, cap, 0.5, cap, kl)
     )
-    found += [*states, kl, gradient]
-    return [*found, state, acc, logp, q, coef, stats, unit, scaled, total]
+    bounds, pairs = indices(0, 3, 3, 7).int(), indices(0, 2, 1, 0).view(2, 2)
+    sums, margins = kernels.segment_sum(q, bounds), kernels.pair_margins(q, coef, bounds, pairs)
+    found += [sums, kernels.segment_sum_backward(sums, bounds, n), margins]
+    found += [kernels.pair_margins_backward(margins, bounds, pairs, n), *states, kl, gradient]
+    found += [state, acc, logp, q, coef, unit, scaled, total]
+    return found if stats is None else [*found, stats]

@@ -67,16 +67,19 @@ def test_opcheck_of_the_projection(tensors, backend, needs):
                 stats,
                 "",
             )
-            torch.library.opcheck(registered.linear_logprobs, (h, w, b, targets, *options))
+            for inputs in ((None, targets), (torch.tensor([7, 0, 12]), targets[:3])):
+                torch.library.opcheck(registered.linear_logprobs, (h, w, b, *inputs, *options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_of_the_other_ops(tensors, backend):
     hidden, weight, targets, bias = (x.detach() for x in tensors)
     options = (0.5, 0.0, -100, backend, None, True, True, True)
-    saved = registered.linear_logprobs(hidden, weight, bias, targets, *options, False, "")[2:]
-    args = (torch.randn(N), hidden, weight, bias, targets, *saved, *options, "")
-    torch.library.opcheck(registered.linear_logprobs_backward, args)
+    for rows, y in ((None, targets), (torch.tensor([7, 0, 12]), targets[:3])):
+        inputs = (hidden, weight, bias, rows, y)
+        saved = registered.linear_logprobs(*inputs, *options, False, "")[2:]
+        args = (torch.randn(len(y)), *inputs, *saved, *options, "")
+        torch.library.opcheck(registered.linear_logprobs_backward, args)
     values = torch.randn(N, requires_grad=True)
     torch.library.opcheck(registered.sequence_sum, (values, CU, backend))
     torch.library.opcheck(registered.sequence_sum_backward, (torch.randn(3), CU, N, backend))
@@ -330,7 +333,12 @@ def test_auto_falls_to_plain_torch_without_a_compiler(monkeypatch):
 
 @pytest.mark.parametrize(
     ("missing", "failing", "expected"),
-    [((), (), "triton"), ((), ("triton",), "cuda"), (("triton",), ("cuda",), "torch")],
+    [
+        ((), (), "triton"),
+        ((), ("triton",), "cuda"),
+        (("triton",), ("cuda",), "torch"),
+        (("triton", "cuda"), (), "torch"),
+    ],
 )
 def test_auto_tries_what_was_never_timed(monkeypatch, missing, failing, expected):
     assert "timed" not in backends.explain("cpu", torch.float32)[1]
@@ -340,7 +348,7 @@ def test_auto_tries_what_was_never_timed(monkeypatch, missing, failing, expected
     monkeypatch.setattr(backends, "_trial", lambda n: "wrong numbers" if n in failing else "")
     name, why = backends.explain("cuda", torch.bfloat16)
     assert name == expected
-    assert "never timed on a GPU" in why
+    assert ("never timed on a GPU" in why) == (len(missing) < 2)
     assert all(f"{name} is unavailable: not built" in why for name in missing)
     assert all(f"{name} is unavailable: wrong numbers" in why for name in failing)
 
@@ -357,11 +365,17 @@ class Broken:
 
 
 def off_in_the_last_row(function):
-    def run(out, *rest):
-        function(out, *rest)
-        (rest[1][1] if function.__name__ == "sweep_" else out)[-1] *= 1.001
+    written = {"sweep_": 2, "combine_": 8, "kl_tile_": 11}.get(function.__name__, 0)
+
+    def run(*arguments):
+        function(*arguments)
+        arguments[written][..., -1] *= 1.001
 
     return run
+
+
+def off_in_the_result(function):
+    return lambda *arguments: function(*arguments) + 0.01
 
 
 def not_launched(function):
@@ -371,16 +385,40 @@ def not_launched(function):
     return run
 
 
+def full(function):
+    def run(*_):
+        raise torch.OutOfMemoryError("the device is full")
+
+    return run
+
+
+WRITE = ("sweep_", "combine_", "kl_tile_", "scale_rows_", "add_target_rows_")
+RETURN = ("segment_sum", "segment_sum_backward", "pair_margins", "pair_margins_backward")
+
+
 def test_the_trial_of_a_backend():
     here = torch.device("cpu")
     state = torch.random.get_rng_state()
     if backends.status()["cpp"] == "ok":
-        assert trial.disagreement(backends._module("cpp"), here) == ""
-    for name in ("sweep_", "combine_", "scale_rows_", "add_target_rows_"):
-        if name != "combine_":
-            assert "AssertionError" in trial.disagreement(Broken(name, off_in_the_last_row), here)
-        assert "no kernel image" in trial.disagreement(Broken(name, not_launched), here)
+        assert trial.disagreement(backends._module("cpp"), plain, here) == ""
+    for names, wrong in ((WRITE, off_in_the_last_row), (RETURN, off_in_the_result)):
+        for name in names:
+            assert "AssertionError" in trial.disagreement(Broken(name, wrong), plain, here), name
+            broken = Broken(name, not_launched)
+            assert "no kernel image" in trial.disagreement(broken, plain, here)
+    with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
+        trial.disagreement(Broken("sweep_", full), plain, here)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_trial_does_not_depend_on_defaults():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert trial.disagreement(plain, plain, torch.device("cpu")) == ""
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 MEASURED = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpref import backends, linear, reference
+from fastpref import backends, linear, operands, reference
 from fastpref.operands import mm
 from fastpref.ops import linear_logprobs
 
@@ -155,6 +155,27 @@ COUNTS = {
 def test_rows_without_a_gradient(backend, budget, dtype, which):
     problem = make(4500, 5, 1100, dtype, bias=True, seed=4)
     compare(problem, dtype, COUNTS[which], backend=backend, memory_budget=budget)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [0, 29_000_000, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["few", "most", "all"])
+@pytest.mark.parametrize("n", [7500, 300])
+def test_rows_are_gathered_where_they_are_used(monkeypatch, backend, budget, dtype, which, n):
+    """Six in ten, over two chunks and in one; a block of them at a time, of 50 rows here."""
+    monkeypatch.setitem(operands._GATHERED, "cpu", 50 * 5 * dtype.itemsize)
+    hidden, weight, targets, bias = make(n, 5, 1100, dtype, bias=True, seed=4)
+    targets[torch.arange(n) % 5 > 2] = -100
+    counts = torch.ones(n) if which == "all" else COUNTS[which].repeat(2)[:n]
+    options = {"backend": backend, "memory_budget": budget}
+    ours = compare((hidden, weight, targets, bias), dtype, counts, **options)
+    rows = (targets != -100).nonzero()[:, 0].flip(0)
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(7)) * counts
+    listed = run(fused, hidden, weight, targets, bias, upstream, rows=rows, **options)
+    assert torch.equal(ours[0], listed[0])
+    for a, b in zip(ours[2], listed[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("budget", [0, None])

@@ -122,6 +122,31 @@ def test_any_layout_and_a_row_that_is_not_a_number(backend):
     assert torch.equal(got[keep], expected[keep])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [None, 0])
+def test_rows_whose_gradient_is_zero_take_no_part(backend, dtype, budget):
+    runs_here(backend)
+    h, w, rh, rw, b, rb = make(dtype, n=80)
+    counts = (torch.arange(80) % 3 == 0).view(2, 40)
+    upstream = torch.randn(2, 40).masked_fill(~counts, 0.0)
+    some = [x[counts] for x in (h, rh)]
+    h[~counts] = torch.nan
+
+    def gradients(hidden, ref_hidden, grad):
+        leaves = [x.clone().requires_grad_() for x in (hidden, w, b)]
+        options = {"bias": leaves[2], "ref_bias": rb, "memory_budget": budget, "backend": backend}
+        linear_token_kl(*leaves[:2], ref_hidden, rw, **options).backward(grad)
+        return [x.grad for x in leaves]
+
+    dhidden, *head = gradients(h, rh, upstream)
+    expected, *expected_head = gradients(*some, upstream[counts])
+    assert not dhidden[~counts].any()
+    torch.testing.assert_close(dhidden[counts], expected)
+    for got, want in zip(head, expected_head, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_an_unknown_backend():
     h, w, rh, rw, _, _ = make(torch.float32)
     with pytest.raises(ValueError, match="expected one of"):
@@ -159,8 +184,10 @@ def test_opcheck_and_compile():
     w.requires_grad_()
     args = (h, w, b, rh, rw, rb, 0.5, 0.0, 0.5, 0.0, "auto", None, True)
     torch.library.opcheck(token_kl._forward, args)
-    args = (torch.randn(20), *(x.detach() for x in args[:6]), *args[6:-1])
-    torch.library.opcheck(token_kl._head_gradients, args)
+    inputs = [x.detach() for x in args[:6]]
+    for unit, need_head in ((h.detach(), True), (h.detach(), False), (h.detach()[:0], True)):
+        args = (torch.randn(20), unit, *inputs, 0.5, 0.0, 0.5, 0.0, "auto", None, need_head)
+        torch.library.opcheck(token_kl._backward, args)
     torch._dynamo.reset()
     compiled = torch.compile(linear_token_kl, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(h, w, rh, rw), linear_token_kl(h, w, rh, rw))
