@@ -320,7 +320,8 @@ def test_the_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, *given, "--memory", "1MiB")
     assert status == 1
     assert "it does not fit" in text
-    assert "--use_peft true" in text
+    # what an adapter saves of a model this small is less than malloc's holes vary by
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 2" in text
     assert "not even one" in text
     status, text = said(capsys, *given, "--memory", "1TiB", "--json")
     answer = json.loads(text)
