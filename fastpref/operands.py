@@ -51,6 +51,14 @@ def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         torch.mm(a, b, out=out)
 
 
+def row_slices(num_rows: int, like: Tensor) -> Iterator[slice]:
+    """``num_rows`` rows in order, as many at a time as may be copied if they are as ``like``'s."""
+    row_bytes = max(like.shape[1] * like.element_size(), 1)
+    step = max(_GATHERED["cpu" if like.device.type == "cpu" else "cuda"] // row_bytes, 1)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows ``x[index]`` of a matrix, gathered where they are used; all of ``x`` without an
@@ -75,11 +83,10 @@ class Rows:
 
     def parts(self) -> Iterator[slice]:
         """The rows in order, as many at a time as may be copied; without an index all at once."""
-        row_bytes = max(self.x.shape[1] * self.x.element_size(), 1)
-        most = max(_GATHERED["cpu" if self.x.device.type == "cpu" else "cuda"] // row_bytes, 1)
-        step = most if self.index is not None else max(len(self), 1)
-        for start in range(0, len(self), step):
-            yield slice(start, min(start + step, len(self)))
+        if self.index is not None:
+            yield from row_slices(len(self), self.x)
+        elif len(self):
+            yield slice(0, len(self))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The parts, each with its rows: a copy, or ``x`` itself without an index."""

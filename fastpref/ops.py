@@ -161,12 +161,10 @@ def linear_cross_entropy(
     loss = -logp
     counted = _counted(target, ignore_index, rows)
     if label_smoothing:
-        # nothing of the rows that do not count, NaN least of all
-        hidden = hidden.masked_fill(~counted[..., None], 0.0)
         gap = target_minus_mean_logit(
-            *(hidden, weight, bias, target.masked_fill(~counted, 0), scale, softcap, memory_budget)
+            *(hidden, weight, bias, target.masked_fill(~counted, -1), scale, softcap, memory_budget)
         )
-        loss = loss + label_smoothing * gap.masked_fill(~counted, 0.0)
+        loss = loss + label_smoothing * gap
     if reduction == "none":
         return loss
     total = loss.sum()

@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
-from fastpref import backends, linear_token_kl, smoothing
+from fastpref import backends, linear_token_kl, operands, smoothing
 from fastpref.ops import (
     linear_cross_entropy,
     linear_logprobs,
@@ -167,9 +167,10 @@ def test_nan_in_an_ignored_row_stays_there_under_label_smoothing(softcap):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("budget", [None, 0])
-def test_label_smoothing_under_a_cap_against_float64(with_bias, budget):
-    """Over several tiles and chunks of rows."""
+@pytest.mark.parametrize(("budget", "softcap"), [(None, 5.0), (0, 5.0), (None, None)])
+def test_label_smoothing_against_float64(monkeypatch, with_bias, budget, softcap):
+    """Over several tiles and chunks of rows, and blocks of 50 rows."""
+    monkeypatch.setitem(operands._GATHERED, "cpu", 50 * 5 * 4)
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(2500, 5), torch.randn(2300, 5), torch.randn(2300)
     targets = torch.randint(2300, (2500,))
@@ -182,10 +183,12 @@ def test_label_smoothing_under_a_cap_against_float64(with_bias, budget):
 
     def truth(h, w, b=None):
         z = 0.7 * (h @ w.T + (0.0 if b is None else b))
-        return F.cross_entropy(5.0 * torch.tanh(z / 5.0), targets, label_smoothing=0.2)
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return F.cross_entropy(z, targets, label_smoothing=0.2)
 
     def ours(h, w, b=None):
-        options = {"scale": 0.7, "softcap": 5.0, "label_smoothing": 0.2, "memory_budget": budget}
+        options = {"scale": 0.7, "softcap": softcap, "label_smoothing": 0.2}
+        options["memory_budget"] = budget
         return linear_cross_entropy(h, w, targets, linear_bias=b, **options)
 
     for got, want in zip(grads(torch.float32, ours), grads(torch.float64, truth), strict=True):
@@ -198,13 +201,23 @@ def test_opcheck_of_the_smoothing_ops():
     torch.library.opcheck(smoothing._mean_capped_logit, (*leaves, *options))
     tensors = [x.detach() for x in leaves]
     torch.library.opcheck(smoothing._gradients, (torch.randn(N), *tensors, *options, True))
+    targets = torch.randint(V, (N,))
+    targets[0] = -1
+    for minus_mean in (True, False):
+        args = (*leaves, targets, 0.7, minus_mean)
+        torch.library.opcheck(smoothing._target_logit, args)
+        args = (torch.randn(N), *tensors, targets, 0.7, minus_mean)
+        for need_head in (True, False):
+            torch.library.opcheck(smoothing._target_logit_backward, (*args, need_head))
 
 
 SMOOTHING_PEAK = """
+import sys
 import torch
 from fastpref import linear_cross_entropy
-hidden, weight = torch.randn(16384, 16, requires_grad=True), torch.randn(8192, 16)
-targets, options = torch.randint(8192, (16384,)), {"label_smoothing": 0.1, "softcap": 30.0}
+h, v, softcap = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) or None
+hidden, weight = torch.randn(16384, h, requires_grad=True), torch.randn(v, h)
+targets, options = torch.randint(v, (16384,)), {"label_smoothing": 0.1, "softcap": softcap}
 # of this program alone: what getrusage tells begins with the peak of the process that started it
 status = lambda: dict(line.split(":", 1) for line in open("/proc/self/status"))
 peak = lambda: int(status()["VmHWM"].split()[0]) * 1024
@@ -215,12 +228,15 @@ print(peak() - before)
 """
 
 
-def test_label_smoothing_under_a_cap_stays_within_the_budget():
-    """The logits would take 512 MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", SMOOTHING_PEAK], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 128 << 20
+@pytest.mark.parametrize(
+    ("h", "v", "softcap", "mib"), [(16, 8192, 30.0, 128), (1024, 500, 0.0, 256)]
+)
+def test_label_smoothing_stays_within_the_budget(h, v, softcap, mib):
+    """The first logits would take 512 MiB. The second hidden states take 64 MiB: ``dlogp/dhidden``
+    and the gradients of two terms, no copy of hidden."""
+    command = [sys.executable, "-c", SMOOTHING_PEAK, str(h), str(v), str(softcap)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < mib << 20
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
