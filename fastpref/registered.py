@@ -180,6 +180,9 @@ def refuse_second_derivative(name: str) -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, rows, targets, *options = inputs
+    *_, need_weight_grad, need_bias_grad, _, _ = options
+    if not need_weight_grad and not need_bias_grad:
+        hidden = hidden.new_empty(1).expand(hidden.shape)  # of it the backward needs the shape
     _, stats, *saved = output
     ctx.mark_non_differentiable(stats, *saved)
     ctx.set_materialize_grads(False)

@@ -303,8 +303,9 @@ def linear_token_kl(
         ref_scale: Multiplies the reference's logits; None takes ``scale``.
         ref_softcap: Soft cap of the reference's logits; None takes ``softcap``.
         backend: As in :func:`fastpref.linear_logprobs`.
-        memory_budget: Bytes for the logits of a chunk of rows. Default 1 GiB on CUDA, 256 MiB on
-            CPU.
+        memory_budget: Bytes for a chunk of rows: the logits of both models, its hidden states as
+            operands, sums; the head's gradient is summed in fp32 beside it. Default 1 GiB on CUDA,
+            256 MiB on CPU.
 
     Returns:
         Shape ``(...)``, fp32 (float64 for float64), each >= 0 up to rounding. Differentiable in

@@ -100,9 +100,9 @@ def _order(device_type: str, dtype: str) -> tuple[tuple[str, ...], str]:
 
 
 @cache
-def _trial(name: str) -> str:
+def _trial(name: str, dtype: DType) -> str:
     """What goes wrong when a backend runs on this GPU; empty where nothing does."""
-    return trial.disagreement(_require(name), _require("torch"), Device("cuda"))
+    return trial.disagreement(_require(name), _require("torch"), Device("cuda"), dtype)
 
 
 def explain(device_type: str, dtype: DType) -> tuple[str, str]:
@@ -118,7 +118,7 @@ def explain(device_type: str, dtype: DType) -> tuple[str, str]:
         module = _module(name)
         wrong = module if isinstance(module, str) else ""
         if not wrong and untimed and name != "torch":
-            wrong = _trial(name)
+            wrong = _trial(name, dtype)
             source = "; never timed on a GPU like this one, so tried against plain torch first"
         if not wrong:
             first = "the first choice" if not why else "; ".join(why)

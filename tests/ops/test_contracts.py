@@ -345,7 +345,7 @@ def test_auto_tries_what_was_never_timed(monkeypatch, missing, failing, expected
     monkeypatch.setattr(backends, "_measured", list)
     module = backends._module("torch")
     monkeypatch.setattr(backends, "_module", lambda n: "not built" if n in missing else module)
-    monkeypatch.setattr(backends, "_trial", lambda n: "wrong numbers" if n in failing else "")
+    monkeypatch.setattr(backends, "_trial", lambda n, _: "wrong numbers" if n in failing else "")
     name, why = backends.explain("cuda", torch.bfloat16)
     assert name == expected
     assert ("never timed on a GPU" in why) == (len(missing) < 2)
@@ -364,14 +364,16 @@ class Broken:
         return self.wrong(function) if name == self.name else function
 
 
-def off_in_the_last_row(function):
-    written = {"sweep_": 2, "combine_": 8, "kl_tile_": 11}.get(function.__name__, 0)
+def off_by_a_twentieth(position):
+    def wrong(function):
+        def run(*arguments):
+            function(*arguments)
+            if arguments[position] is not None:
+                arguments[position].mul_(1.05)
 
-    def run(*arguments):
-        function(*arguments)
-        arguments[written][..., -1] *= 1.001
+        return run
 
-    return run
+    return wrong
 
 
 def off_in_the_result(function):
@@ -392,22 +394,29 @@ def full(function):
     return run
 
 
-WRITE = ("sweep_", "combine_", "kl_tile_", "scale_rows_", "add_target_rows_")
+WRITE = [
+    *(("sweep_", i) for i in (1, 2, 3, 4)),
+    *(("combine_", i) for i in (7, 8, 9, 10, 11)),
+    *(("kl_tile_", 2), ("kl_tile_", 11), ("scale_rows_", 0), ("add_target_rows_", 0)),
+]
 RETURN = ("segment_sum", "segment_sum_backward", "pair_margins", "pair_margins_backward")
 
 
-def test_the_trial_of_a_backend():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_of_a_backend(dtype):
     here = torch.device("cpu")
     state = torch.random.get_rng_state()
     if backends.status()["cpp"] == "ok":
-        assert trial.disagreement(backends._module("cpp"), plain, here) == ""
-    for names, wrong in ((WRITE, off_in_the_last_row), (RETURN, off_in_the_result)):
-        for name in names:
-            assert "AssertionError" in trial.disagreement(Broken(name, wrong), plain, here), name
-            broken = Broken(name, not_launched)
-            assert "no kernel image" in trial.disagreement(broken, plain, here)
+        assert trial.disagreement(backends._module("cpp"), plain, here, dtype) == ""
+    wrongs = [(name, off_by_a_twentieth(i)) for name, i in WRITE]
+    for name, wrong in [*wrongs, *((name, off_in_the_result) for name in RETURN)]:
+        found = trial.disagreement(Broken(name, wrong), plain, here, dtype)
+        assert "AssertionError" in found, (name, wrong)
+    for name in {name for name, _ in WRITE}.union(RETURN):
+        found = trial.disagreement(Broken(name, not_launched), plain, here, dtype)
+        assert "no kernel image" in found
     with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
-        trial.disagreement(Broken("sweep_", full), plain, here)
+        trial.disagreement(Broken("sweep_", full), plain, here, dtype)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -416,7 +425,8 @@ def test_the_trial_does_not_depend_on_defaults():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert trial.disagreement(plain, plain, torch.device("cpu")) == ""
+            found = trial.disagreement(plain, plain, torch.device("cpu"), torch.float32)
+            assert found == ""
     finally:
         torch.set_default_dtype(dtype)
 

@@ -86,6 +86,28 @@ def test_scratch_is_what_is_taken_from_it(monkeypatch, dtype, on_gpu, budget):
     assert arena._used == size
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_frozen_head_holds_the_gradient_and_not_hidden(ignored):
+    hidden, weight = torch.randn(64, 100, requires_grad=True), torch.randn(30, 100)
+    targets, held = torch.arange(64) % 30, {}
+    if ignored:
+        targets[::2] = -100
+
+    def note(x):
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        logp = linear_logprobs(hidden * 1.0, weight, targets)
+    held.pop(weight.data_ptr())
+    assert sum(held.values()) < 1.2 * (32 if ignored else 64) * 100 * 4
+    (found,) = torch.autograd.grad(logp.sum(), hidden)
+    logits = hidden.double() @ weight.double().T
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (expected,) = torch.autograd.grad(-loss, hidden)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_lent_tensor_is_nobody_elses_until_it_dies():
     scratch.release()
     first = scratch.lend(1000, dtype=torch.float32, device=CPU)

@@ -131,7 +131,7 @@ def test_rows_whose_gradient_is_zero_take_no_part(backend, dtype, budget):
     counts = (torch.arange(80) % 3 == 0).view(2, 40)
     upstream = torch.randn(2, 40).masked_fill(~counts, 0.0)
     some = [x[counts] for x in (h, rh)]
-    h[~counts] = torch.nan
+    h[~counts] = torch.nan  # left out on a CPU, where they are more than one in ten
 
     def gradients(hidden, ref_hidden, grad):
         leaves = [x.clone().requires_grad_() for x in (hidden, w, b)]
