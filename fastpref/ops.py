@@ -57,8 +57,8 @@ def linear_logprobs(
             everything.
         process_group: A ``torch.distributed`` group over which the head is sharded: ``weight`` and
             ``bias`` are this rank's slice of the vocabulary, in rank order; hidden, targets (global
-            ids) and the result are the same on every rank. Two collectives per chunk of rows; one a pass
-            for the sizes of the slices, which the host reads.
+            ids) and the result are the same on every rank. Two collectives per chunk of rows; one a
+            pass for the sizes of the slices, which the host reads.
 
     Returns:
         Log-probabilities of the shape of ``targets``, each <= 0; fp32, float64 for float64 inputs.
