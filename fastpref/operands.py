@@ -51,10 +51,10 @@ def mm(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
         torch.mm(a, b, out=out)
 
 
-def row_slices(num_rows: int, like: Tensor) -> Iterator[slice]:
-    """``num_rows`` rows in order, as many at a time as may be copied if they are as ``like``'s."""
-    row_bytes = max(like.shape[1] * like.element_size(), 1)
-    step = max(_GATHERED["cpu" if like.device.type == "cpu" else "cuda"] // row_bytes, 1)
+def row_slices(num_rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
+    """``num_rows`` rows in order, as many at a time as may be copied."""
+    most = _GATHERED["cpu" if device.type == "cpu" else "cuda"]
+    step = max(most // max(row_bytes, 1), 1)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
@@ -84,7 +84,8 @@ class Rows:
     def parts(self) -> Iterator[slice]:
         """The rows in order, as many at a time as may be copied; without an index all at once."""
         if self.index is not None:
-            yield from row_slices(len(self), self.x)
+            row_bytes = self.x.shape[1] * self.x.element_size()
+            yield from row_slices(len(self), row_bytes, self.x.device)
         elif len(self):
             yield slice(0, len(self))
 

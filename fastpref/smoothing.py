@@ -69,7 +69,7 @@ def _target_logit(
     wide, y = compute_dtype(hidden.dtype), targets.clamp(min=0)
     center = _minus_mean(weight, minus_mean)
     z = hidden.new_empty(len(y), dtype=wide)
-    for part in row_slices(len(y), z[:, None].expand(-1, hidden.shape[1])):
+    for part in row_slices(len(y), hidden.shape[1] * wide.itemsize, hidden.device):
         z[part] = (weight[y[part]].to(wide) - center).mul_(hidden[part]).sum(1)
     if bias is not None:
         z += bias[y].to(wide) - _minus_mean(bias, minus_mean)
@@ -98,7 +98,7 @@ def _target_logit_backward(
     center = _minus_mean(weight, minus_mean)
     dhidden = hidden.new_empty(hidden.shape)
     dweight = weight.new_zeros((v if need_head else 0, weight.shape[1]), dtype=wide)
-    for part in row_slices(len(y), factor[:, None].expand(-1, hidden.shape[1])):
+    for part in row_slices(len(y), hidden.shape[1] * wide.itemsize, hidden.device):
         rows = (weight[y[part]].to(wide) - center).mul_(factor[part, None])
         dhidden[part] = rows.masked_fill_((factor[part] == 0.0)[:, None], 0.0)
         if need_head:
